@@ -1,0 +1,89 @@
+"""The dispatcher: each op has several paths (reference, plain PyTorch, compiled kernels); `backend=` picks one.
+
+A path is a function with the op's own signature and a `refuses` function, which looks at the same arguments and returns
+why it cannot take them, or None. `backend="auto"` takes the first registered path, in order of preference, that does not
+refuse. A named backend either runs or raises with the reason, so that a measurement never compares a path with itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from regard.checks import nearest
+from regard.flops import counted
+
+_PREFERENCE = ("cpu", "natten", "fla", "flash", "flex", "torch", "reference")
+"""Fastest kind first. The reference comes last: it is the specification, not a way to run."""
+
+
+def _never(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class OpPath:
+    """One way to compute an op."""
+
+    backend: str
+    run: Callable[..., Any]
+    refuses: Callable[..., str | None] = _never
+
+
+_PATHS: dict[str, list[OpPath]] = {}
+_MACS: dict[str, Callable[..., int]] = {}
+
+
+def register(op: str, path: OpPath, macs: Callable[..., int] | None = None) -> None:
+    """Add a path to `op`. `macs(*args, **kwargs)` is the op's published cost in multiply-adds, the same for all paths."""
+    if path.backend not in _PREFERENCE:
+        raise ValueError(f"backend={path.backend!r} is not known.{nearest(path.backend, _PREFERENCE)}")
+    paths = _PATHS.setdefault(op, [])
+    paths.append(path)
+    paths.sort(key=lambda item: _PREFERENCE.index(item.backend))
+    if macs is not None:
+        _MACS[op] = macs
+
+
+def backends(op: str) -> list[str]:
+    """The registered backends of `op`, most preferred first."""
+    return [path.backend for path in _PATHS[op]]
+
+
+def _choose(op: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpPath:
+    if backend == "auto":
+        for path in _PATHS[op]:
+            if path.refuses(*args, **kwargs) is None:
+                return path
+        raise ValueError(f"no path of {op} takes these arguments:\n{explain(op, *args, **kwargs)}")
+    for path in _PATHS[op]:
+        if path.backend == backend:
+            reason = path.refuses(*args, **kwargs)
+            if reason is not None:
+                raise ValueError(f"{op} cannot run with backend={backend!r}: {reason}. Use backend='auto'.")
+            return path
+    raise ValueError(f"{op} has no backend={backend!r}.{nearest(backend, ['auto', *backends(op)])}")
+
+
+def run(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
+    """Compute `op` with the chosen path; its cost is counted by formula where a counter is active."""
+    path = _choose(op, backend, args, kwargs)
+    return counted(_MACS.get(op), path.run, args, kwargs)
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Which path `backend="auto"` would take for these arguments, and why not those before it; one line a path."""
+    if op not in _PATHS:
+        raise ValueError(f"op={op!r} is not known.{nearest(op, _PATHS)}")
+    lines, taken = [], False
+    for path in _PATHS[op]:
+        reason = path.refuses(*args, **kwargs)
+        if reason is not None:
+            lines.append(f"{path.backend}: cannot, {reason}")
+        elif taken:
+            lines.append(f"{path.backend}: could")
+        else:
+            lines.append(f"{path.backend}: taken")
+            taken = True
+    return "\n".join(lines)

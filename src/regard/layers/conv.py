@@ -1,0 +1,70 @@
+"""Convolutions on channels-last grids of 1, 2 or 3 spatial axes.
+
+`x.movedim(-1, 1)` of a contiguous channels-last tensor already has PyTorch's channels_last memory format, so nothing is
+copied on the way in or out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class _ChannelsLast:
+    """Mixin: a convolution that takes and gives `(B, *S, C)`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, *S, C_in)` -> `(B, *S', C_out)`."""
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1)  # type: ignore[misc]
+
+
+class Conv1d(_ChannelsLast, nn.Conv1d):
+    """nn.Conv1d on `(B, L, C)`."""
+
+
+class Conv2d(_ChannelsLast, nn.Conv2d):
+    """nn.Conv2d on `(B, H, W, C)`."""
+
+
+class Conv3d(_ChannelsLast, nn.Conv3d):
+    """nn.Conv3d on `(B, T, H, W, C)`."""
+
+
+def conv(dims: int) -> type[nn.Module]:
+    """The channels-last convolution for `dims` spatial axes."""
+    return {1: Conv1d, 2: Conv2d, 3: Conv3d}[dims]
+
+
+def depthwise(dim: int, kernel_size: int, *, dims: int = 2, bias: bool = True) -> nn.Module:
+    """Depthwise convolution of odd `kernel_size` that keeps the size of a channels-last grid."""
+    return conv(dims)(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=bias)
+
+
+class SqueezeExcite(nn.Module):
+    """x * sigmoid(fc2(act(fc1(mean over space of x)))) (Hu et al., 2018), channels last.
+
+    Args:
+        hidden: inner width.
+    """
+
+    def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = act()
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, *S, dim)` -> the same shape."""
+        axes = tuple(range(1, x.dim() - 1))
+        return x * self.fc2(self.act(self.fc1(x.mean(axes, keepdim=True)))).sigmoid()
+
+
+def pad_same(x: Tensor, kernel_size: int, stride: int) -> Tensor:
+    """Zero-pad a channels-last `(B, H, W, C)` as TensorFlow's SAME does: the odd pixel goes to the bottom and right."""
+    sides: list[int] = [0, 0]
+    for length in (x.shape[2], x.shape[1]):
+        total = max((-(-length // stride) - 1) * stride + kernel_size - length, 0)
+        sides += [total // 2, total - total // 2]
+    return F.pad(x, sides)

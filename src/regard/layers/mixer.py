@@ -1,0 +1,78 @@
+"""What every token mixer is: a module on channels-last grids that says what it can do and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from regard import checks
+from regard.flops import count_macs, count_params
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Parameters, multiply-adds for one sample of a given size, and numbers kept while streaming (None: cannot)."""
+
+    params: int
+    macs: int
+    state: int | None
+
+
+class Mixer(nn.Module):
+    """Maps `(batch, *spatial, dim)` to the same shape, moving information between positions.
+
+    Subclasses set what they can do, so that tools can list it and refuse the rest with a clear error.
+    """
+
+    dims: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    """Numbers of spatial axes that `forward` takes."""
+    can_causal: ClassVar[bool] = False
+    """Takes `causal=True` at construction: a position then sees itself and earlier ones only."""
+    can_cross: ClassVar[bool] = False
+    """`forward(x, context)` reads from another sequence."""
+    can_stream: ClassVar[bool] = False
+    """If causal, has `step(x_t, state) -> (y_t, state)`; feeding tokens one by one equals `forward`."""
+
+    dim: int
+
+    @classmethod
+    def in_stack(cls, index: int, input_size: tuple[int, ...], dim: int, num_heads: int, **options: Any) -> Mixer:
+        """The mixer as block `index` of a stack on grids of `input_size`.
+
+        Overridden where blocks alternate (shifted windows, dilations) or where parameters depend on the grid.
+        """
+        return cls(dim, num_heads=num_heads, **options)  # type: ignore[call-arg]
+
+    def check(self, x: Tensor) -> tuple[int, ...]:
+        """Check the input at the door and return its spatial sizes."""
+        return checks.grid("x", x, self.dims, self.dim)
+
+    def state_size(self, length: int) -> int | None:
+        """Numbers that a stream of `length` tokens has to keep for one sample; None if it cannot stream."""
+        return None
+
+    def cost(self, spatial: tuple[int, ...]) -> Cost:
+        """Parameters, multiply-adds and state for one sample of `spatial` size."""
+        twin = _on_meta(self)
+        macs = count_macs(twin, torch.empty(1, *spatial, self.dim, device="meta"))
+        length = 1
+        for size in spatial:
+            length *= size
+        return Cost(count_params(self), macs, self.state_size(length) if self.can_stream else None)
+
+
+def _on_meta(module: nn.Module) -> nn.Module:
+    import copy
+
+    return copy.deepcopy(module).to("meta")
+
+
+def heads_of(dim: int, num_heads: int) -> int:
+    """Head width; raises a ValueError unless `num_heads` divides `dim`."""
+    checks.positive("dim", dim)
+    checks.positive("num_heads", num_heads)
+    checks.divisible("dim", dim, "num_heads", num_heads)
+    return dim // num_heads

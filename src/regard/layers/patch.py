@@ -1,0 +1,44 @@
+"""From pixels to tokens, and from tokens to fewer tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from regard.layers.conv import Conv2d
+from regard.layouts.windows import pad_to_multiple
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches, projected and normalised: `(B, H, W, C)` -> `(B, H/p, W/p, dim)`.
+
+    A side that is no multiple of the patch is zero-padded at its end.
+    """
+
+    def __init__(self, in_chans: int, dim: int, patch_size: int, *, norm: bool = True) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = Conv2d(in_chans, dim, patch_size, stride=patch_size)
+        self.norm = nn.LayerNorm(dim) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels-last image in, channels-last tokens out."""
+        return self.norm(self.proj(pad_to_multiple(x, (self.patch_size, self.patch_size))))
+
+
+class PatchMerging(nn.Module):
+    """2 x 2 neighbours concatenated, normalised and reduced: `(B, H, W, C)` -> `(B, H/2, W/2, 2C)` (Swin, section 3.1).
+
+    Channel order of the concatenation: (row, column) = (0,0), (1,0), (0,1), (1,1). An odd side is zero-padded.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels-last tokens in and out."""
+        x = pad_to_multiple(x, (2, 2))
+        parts = [x[:, row::2, column::2] for column in (0, 1) for row in (0, 1)]
+        return self.reduction(self.norm(torch.cat(parts, -1)))

@@ -1,0 +1,75 @@
+"""Where a token is: relative position bias tables and fixed sine codes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def relative_index(window_size: Sequence[int], sign: Literal["query-key", "key-query"] = "query-key") -> Tensor:
+    """Flat table index of every (query, key) pair of a window: `(M, M)` int64 into prod(2 size - 1) entries."""
+    index = torch.zeros(1, 1, dtype=torch.long)
+    for size in window_size:
+        place = torch.arange(size)
+        offset = place[:, None] - place if sign == "query-key" else place - place[:, None]
+        wide = index[:, None, :, None] * (2 * size - 1) + (offset + size - 1)[None, :, None, :]
+        index = wide.flatten(2, 3).flatten(0, 1)
+    return index
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias for each head and relative offset in a window.
+
+    `table` is `(prod(2 size - 1), heads)`; calling the module gives `(heads, M, M)` with M = prod(window_size).
+    """
+
+    index: Tensor
+
+    def __init__(
+        self,
+        window_size: Sequence[int],
+        num_heads: int,
+        *,
+        sign: Literal["query-key", "key-query"] = "query-key",
+        std: float = 0.02,
+    ) -> None:
+        super().__init__()
+        self.window_size = tuple(window_size)
+        self.table = nn.Parameter(torch.empty(math.prod(2 * size - 1 for size in window_size), num_heads))
+        nn.init.trunc_normal_(self.table, std=std)
+        self.register_buffer("index", relative_index(window_size, sign), persistent=False)
+
+    def forward(self) -> Tensor:
+        """The bias of every head and (query, key) pair: `(heads, M, M)`."""
+        return self.table[self.index].permute(2, 0, 1)
+
+    def extra_repr(self) -> str:
+        return f"window_size={self.window_size}, num_heads={self.table.shape[1]}"
+
+
+def resize_table(table: Tensor, old: Sequence[int], new: Sequence[int], mode: str = "bicubic") -> Tensor:
+    """Interpolate a bias table `(prod(2 old - 1), heads)` of windows `old` to windows `new`: `(prod(2 new - 1), heads)`."""
+    if tuple(old) == tuple(new):
+        return table
+    grid = table.t().unflatten(1, [2 * size - 1 for size in old])[None]
+    resized = F.interpolate(grid, [2 * size - 1 for size in new], mode=mode, align_corners=False)
+    return resized[0].flatten(1).t().contiguous()
+
+
+def sincos(positions: Tensor, dim: int, *, base: float = 10000.0, interleaved: bool = True) -> Tensor:
+    """Sine and cosine code of positions `(...,)`: `(..., dim)` (Vaswani et al., 2017, section 3.5).
+
+    Channel pair i turns with frequency base^(-2i/dim). Interleaved: sine on even, cosine on odd channels; otherwise all
+    sines, then all cosines. `dim` must be even.
+    """
+    if dim % 2:
+        raise ValueError(f"dim must be even for a sine code, got {dim}.")
+    rates = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim)
+    angles = positions.double()[..., None] * rates
+    pair = torch.stack([angles.sin(), angles.cos()], -1 if interleaved else -2)
+    return pair.flatten(-2).float()

@@ -1,0 +1,213 @@
+"""Neighborhood attention in 1, 2 and 3 dimensions: strided, dilated, causal, with relative position bias."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from regard import checks
+from regard.kernels import OpPath, register, run
+from regard.layouts.neighborhoods import AxisTiles, axis_tiles
+from regard.ops import reference
+
+_CHUNK = 1 << 22
+"""Most logits that are held at once (numbers, over batch and heads) unless a single row of tiles needs more."""
+
+
+def neighborhood_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    causal: bool | Sequence[bool] = False,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention of every token over its neighborhood.
+
+    $$o_i = \sum_{j \in \rho(i)} \mathrm{softmax}_j(\mathrm{scale} \cdot q_i^\top k_j + b_{j - i})\, v_j$$
+
+    where $\rho(i)$ is a product of one window an axis. Along an axis the tokens with equal position modulo the dilation
+    form a group; inside its group a token sees the `kernel_size` tokens around its leader (itself for stride 1, else the
+    middle of its `stride` neighbours), pushed inwards at the borders so that no key is missing. On a causal axis the
+    window ends at the token itself. Stride 1 is neighborhood attention (arXiv 2204.07143), dilation above 1 DiNA
+    (2209.15001), stride = kernel size blocked attention, the rest Generalized Neighborhood Attention (2504.16922).
+
+    Args:
+        q: `(batch, *spatial, heads, head_dim)` with 1, 2 or 3 spatial axes; likewise k and v (their heads may be fewer).
+        kernel_size: window width per axis, odd or even; kernel_size * dilation must fit into the axis.
+        stride: queries that share a window, at most kernel_size.
+        dilation: gap between the tokens of a window.
+        causal: per axis.
+        bias: `(heads, 2 kernel - 1, ...)`, one axis for each spatial axis, indexed by (key rank - query rank) +
+            kernel - 1 within the dilation group.
+        scale: None is head_dim ** -0.5.
+        return_lse: also return the log of the softmax denominator, `(batch, *spatial, heads)`.
+
+    Returns:
+        `(batch, *spatial, heads, value_dim)`, with the log-sum-exp if asked for.
+
+    Raises:
+        ValueError: for a window that does not fit into the map, a stride above the window, or shapes that do not agree.
+    """
+    checks.heads_last(q, k, v, ranks=(1, 2, 3))
+    checks.no_half_on_cpu("neighborhood_attention", q)
+    spatial = q.shape[1:-2]
+    kernel = checks.tuple_of("kernel_size", kernel_size, len(spatial))
+    steps = checks.tuple_of("stride", stride, len(spatial))
+    gaps = checks.tuple_of("dilation", dilation, len(spatial))
+    past = checks.tuple_of_bools("causal", causal, len(spatial))
+    for length, width, step, gap in zip(spatial, kernel, steps, gaps, strict=True):
+        if width * gap > length:
+            raise ValueError(
+                f"kernel_size * dilation must fit into every axis, got kernel_size={kernel}, dilation={gaps} for "
+                f"spatial sizes {tuple(spatial)}. Use a smaller window or dilation, or pad the map."
+            )
+        if step > width:
+            raise ValueError(f"stride must not exceed kernel_size, got stride={steps}, kernel_size={kernel}.")
+    table = (q.shape[-2], *(2 * width - 1 for width in kernel))
+    if bias is not None and tuple(bias.shape) != table:
+        raise ValueError(f"bias must be (heads, 2 * kernel - 1, ...) = {table}, got {tuple(bias.shape)}.")
+    return run(
+        "neighborhood_attention",
+        backend,
+        q,
+        k,
+        v,
+        kernel_size=kernel,
+        stride=steps,
+        dilation=gaps,
+        causal=past,
+        bias=bias,
+        scale=scale,
+        return_lse=return_lse,
+    )
+
+
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    causal: Sequence[bool],
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    # Letters: n tiles, T queries a tile, E keys a tile (the box that holds all windows of the tile), h heads.
+    # Each tile is one small dense product; a table of allowed pairs and biases is built for each kind of tile only.
+    spatial, axes = q.shape[1:-2], q.dim() - 3
+    side = _tile(axes)
+    tiles = [
+        axis_tiles(length, width, step, gap, past, min(side, -(-length // gap)))
+        for length, width, step, gap, past in zip(spatial, kernel_size, stride, dilation, causal, strict=True)
+    ]
+    repeat = q.shape[-2] // k.shape[-2]
+    if repeat > 1:
+        k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
+    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    table = _table(tiles, kernel_size, bias, q)
+    # The first axis is cut into chunks of tiles, so that the memory stays bounded whatever the size of the map.
+    inner = math.prod(t.pattern.numel() * t.allowed[0].numel() for t in tiles[1:])
+    per_tile = q.shape[0] * q.shape[-2] * inner * tiles[0].allowed[0].numel()
+    chunk = max(1, _CHUNK // max(per_tile, 1))
+    outs, lses = [], []
+    for first in range(0, len(tiles[0].pattern), chunk):
+        part = slice(first, first + chunk)
+        out, lse = _attend([_cut(tiles[0], part), *tiles[1:]], q, k, v, table, return_lse)
+        outs.append(out)
+        lses.append(lse)
+    out = _restore(torch.cat(outs, 1) if len(outs) > 1 else outs[0], tiles)
+    if not return_lse:
+        return out
+    lse = torch.cat(lses, 1) if len(lses) > 1 else lses[0]  # type: ignore[arg-type]
+    return out, _restore(lse, tiles)  # type: ignore[arg-type]
+
+
+def _tile(axes: int) -> int:
+    """Queries per tile and axis: small tiles waste fewer products, large ones copy fewer keys."""
+    return {1: 32, 2: 8, 3: 4}[axes]
+
+
+def _cut(tiles: AxisTiles, part: slice) -> AxisTiles:
+    return AxisTiles(
+        tiles.queries[part], tiles.keys[part], tiles.place, tiles.pattern[part], tiles.allowed, tiles.offset
+    )
+
+
+def _take(x: Tensor, positions: Sequence[Tensor]) -> Tensor:
+    """Gather boxes: `(B, *S, h, d)` with positions `(n, s)` per axis -> `(B, n1, n2, .., h, s1 s2 .., d)`."""
+    axes = len(positions)
+    for axis, position in enumerate(positions):
+        x = x.index_select(1 + axis, position.flatten().to(x.device))
+    shape = [x.shape[0]]
+    for position in positions:
+        shape += position.shape
+    x = x.view(*shape, *x.shape[-2:])
+    outer, inner = range(1, 1 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
+    return x.permute(0, *outer, 1 + 2 * axes, *inner, 2 + 2 * axes).flatten(2 + axes, 1 + 2 * axes)
+
+
+def _table(tiles: Sequence[AxisTiles], kernel_size: Sequence[int], bias: Tensor | None, q: Tensor) -> Tensor:
+    """Additive terms for each combination of tile patterns: `(p1, p2, .., h or 1, T, E)`, -inf where not allowed."""
+    allowed = torch.ones(1, 1, dtype=torch.bool)
+    index = torch.zeros(1, 1, dtype=torch.long)
+    for tile, width in zip(tiles, kernel_size, strict=True):
+        # (.., T, E) x (p, t, e) -> (.., p, T t, E e)
+        allowed = (allowed[..., None, :, None, :, None] & tile.allowed[:, None, :, None, :]).flatten(-2).flatten(-3, -2)
+        offset = tile.offset[:, None, :, None, :]
+        index = (index[..., None, :, None, :, None] * (2 * width - 1) + offset).flatten(-2).flatten(-3, -2)
+    allowed, index = allowed.to(q.device), index.to(q.device)
+    if bias is None:
+        return (
+            torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -math.inf).unsqueeze(-3)
+        )
+    values = bias.flatten(1).to(q.dtype)[:, index].movedim(0, -3)
+    return values.masked_fill(~allowed.unsqueeze(-3), -math.inf)
+
+
+def _attend(
+    tiles: Sequence[AxisTiles], q: Tensor, k: Tensor, v: Tensor, table: Tensor, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Dense attention in every tile: `(B, n1, n2, .., h, T, d)`, and its log-sum-exp `(.., T, 1)` if wanted."""
+    q = _take(q, [t.queries for t in tiles])
+    k, v = (_take(x, [t.keys for t in tiles]) for x in (k, v))
+    for axis, tile in enumerate(tiles):
+        table = table.index_select(axis, tile.pattern.to(table.device))
+    logits = q @ k.transpose(-1, -2) + table
+    lse = logits.logsumexp(-1, keepdim=True) if return_lse else None
+    return logits.softmax(-1) @ v, lse
+
+
+def _restore(x: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
+    """`(B, n1, n2, .., h, T1 T2 .., d)` -> `(B, *S, h, d)` (a last axis of 1 is dropped)."""
+    axes = len(tiles)
+    x = x.unflatten(2 + axes, [t.queries.shape[1] for t in tiles])
+    order = [0]
+    for axis in range(axes):
+        order += [1 + axis, 2 + axes + axis]
+    x = x.permute(*order, 1 + axes, 2 + 2 * axes)
+    x = x.reshape(x.shape[0], *(t.queries.numel() for t in tiles), *x.shape[-2:])
+    for axis, tile in enumerate(tiles):
+        x = x.index_select(1 + axis, tile.place.to(x.device))
+    return x.squeeze(-1) if x.shape[-1] == 1 else x
+
+
+def _macs(q: Tensor, k: Tensor, v: Tensor, *, kernel_size: Sequence[int], **_: object) -> int:
+    """prod(kernel) (head_dim + value_dim) products a head and token."""
+    return q.shape[0] * math.prod(q.shape[1:-1]) * math.prod(kernel_size) * (q.shape[-1] + v.shape[-1])
+
+
+register("neighborhood_attention", OpPath("torch", _torch), macs=_macs)
+register("neighborhood_attention", OpPath("reference", reference.neighborhood_attention))

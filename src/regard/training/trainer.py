@@ -1,0 +1,243 @@
+"""The training loop: deterministic batches, exact resume, any task, one process or many."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from regard.checks import one_of, positive
+from regard.tasks.base import Task
+
+
+class Sized(Protocol):
+    def __len__(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A recipe: everything besides data and model that decides how training goes.
+
+    Args:
+        steps: optimiser steps.
+        batch_size: items per step over all processes.
+        lr: peak learning rate; it rises linearly over `warmup` (a fraction of `steps`), then follows `schedule`.
+        weight_decay: applied to matrices and kernels only (parameters of two or more axes that the model does not
+            list in `no_weight_decay()`), never to norms, biases and position tables.
+        clip_norm: gradients are scaled down to this global norm; None leaves them.
+        seed: of the batch order, of dropout and of whatever else draws in training. The model is built by the caller.
+    """
+
+    steps: int = 300
+    batch_size: int = 32
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.1
+    schedule: Literal["cosine", "constant"] = "cosine"
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = 1.0
+    seed: int = 0
+    save_every: int | None = None
+    num_workers: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+
+    def __post_init__(self) -> None:
+        positive("steps", self.steps)
+        positive("batch_size", self.batch_size)
+        positive("lr", self.lr)
+        one_of("schedule", self.schedule, ("cosine", "constant"))
+        one_of("optimizer", self.optimizer, ("adamw", "adam", "sgd"))
+
+
+@dataclass
+class TrainResult:
+    """What came out: the loss of every step, the final metrics, and the seconds spent in training steps."""
+
+    losses: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    steps: int = 0
+    finished: bool = False
+
+
+class StepSampler(Sampler[list[int]]):
+    """Batches of indices by step number: epoch e is the permutation drawn from `(seed, e)`, so step n is always the same."""
+
+    def __init__(self, length: int, batch_size: int, start: int, stop: int, seed: int) -> None:
+        if length < 1:
+            raise ValueError("the training set is empty.")
+        self.length, self.start, self.stop, self.seed = length, start, stop, seed
+        self.batch_size = batch_size
+        self.drop_last = True
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order: list[int] = []
+        epoch_of_order = -1
+        for step in range(self.start, self.stop):
+            batch = []
+            for position in range(step * self.batch_size, (step + 1) * self.batch_size):
+                epoch, index = divmod(position, self.length)
+                if epoch != epoch_of_order:
+                    generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+                    order, epoch_of_order = torch.randperm(self.length, generator=generator).tolist(), epoch
+                batch.append(order[index])
+            yield batch
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: decayed (two or more axes) and not (norms, biases, and names in `model.no_weight_decay()`)."""
+    exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
+    decayed, plain = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            (plain if parameter.dim() < 2 or name in exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    groups = parameter_groups(model, config.weight_decay)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=0.0)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.lr, betas=config.betas)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def _factor(step: int, config: TrainConfig) -> float:
+    warm = round(config.warmup * config.steps)
+    if step < warm:
+        return (step + 1) / warm
+    if config.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, config.steps - warm)))
+
+
+def train(
+    model: nn.Module,
+    task: Task,
+    config: TrainConfig,
+    *,
+    out: Path | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+    cpu: bool | None = None,
+) -> TrainResult:
+    """Train `model` in place on `task` and evaluate it.
+
+    With `out`, the state (model, optimiser, schedule, random generators, losses) is kept under `out/checkpoint` every
+    `config.save_every` steps and on interruption; a later call with the same `out` continues there, with the batches that
+    an uninterrupted run would have seen. A checkpoint of another recipe is refused.
+
+    Args:
+        on_step: called after each step with the number of steps done and the loss; progress bars hang here.
+        cpu: True keeps training on the CPU even where there is a GPU.
+
+    Raises:
+        ValueError: if the loss is not finite, or `out` holds a checkpoint of another recipe.
+    """
+    loader_config = DataLoaderConfiguration(split_batches=True, even_batches=True)
+    accelerator = Accelerator(cpu=bool(cpu), mixed_precision=config.mixed_precision, dataloader_config=loader_config)
+    set_seed(config.seed)
+    result = TrainResult()
+    optimizer = _optimizer(model, config)
+    scheduler = LambdaLR(optimizer, lambda step: _factor(step, config))
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    accelerator.register_for_checkpointing(scheduler)
+    folder = out / "checkpoint" if out is not None else None
+    if folder is not None and (folder / "progress.json").exists():
+        _restore(accelerator, folder, config, result)
+    sampler = StepSampler(_length(task.train_set), config.batch_size, result.steps, config.steps, config.seed)
+    loader = DataLoader(task.train_set, batch_sampler=sampler, collate_fn=task.collate, num_workers=config.num_workers)
+    loader = accelerator.prepare(loader)
+    prepared.train()
+    try:
+        started = time.perf_counter()
+        for batch in loader:
+            with accelerator.autocast():
+                loss = task.loss(prepared, batch)
+            if not torch.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss.item()} at step {result.steps + 1}: lower lr (now {config.lr}) or clip_norm "
+                    f"(now {config.clip_norm}), or check the data for NaN."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            accelerator.backward(loss)
+            if config.clip_norm is not None:
+                accelerator.clip_grad_norm_(prepared.parameters(), config.clip_norm)
+            optimizer.step()
+            scheduler.step()
+            result.steps += 1
+            result.losses.append(accelerator.reduce(loss.detach(), "mean").item())
+            if on_step is not None:
+                on_step(result.steps, result.losses[-1])
+            if folder is not None and config.save_every and result.steps % config.save_every == 0:
+                result.seconds += time.perf_counter() - started
+                _save(accelerator, folder, config, result)
+                started = time.perf_counter()
+        result.seconds += time.perf_counter() - started
+    except KeyboardInterrupt:
+        if folder is not None:
+            _save(accelerator, folder, config, result)
+        raise
+    result.finished = True
+    if folder is not None:
+        _save(accelerator, folder, config, result)
+    result.metrics = evaluate(prepared, task, batch_size=config.batch_size, accelerator=accelerator)
+    return result
+
+
+def evaluate(
+    model: nn.Module, task: Task, *, batch_size: int = 64, accelerator: Accelerator | None = None
+) -> dict[str, float]:
+    """The task's metrics of `model` on its evaluation set, in evaluation mode and without gradients."""
+    was_training = model.training
+    model.eval()
+    loader: Any = DataLoader(task.eval_set, batch_size=batch_size, collate_fn=task.collate)
+    metrics = task.metrics()
+    if accelerator is not None:
+        loader = accelerator.prepare(loader)
+        metrics = {name: metric.to(accelerator.device) for name, metric in metrics.items()}
+    with torch.no_grad():
+        for batch in loader:
+            task.update(metrics, model, batch)
+    model.train(was_training)
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    if not hasattr(dataset, "__len__"):
+        raise ValueError("a task's train_set must be a map-style data set with a length.")
+    return len(dataset)
+
+
+def _save(accelerator: Accelerator, folder: Path, config: TrainConfig, result: TrainResult) -> None:
+    accelerator.save_state(str(folder))
+    if accelerator.is_main_process:
+        progress = {"config": asdict(config), "steps": result.steps, "losses": result.losses, "seconds": result.seconds}
+        (folder / "progress.json").write_text(json.dumps(progress))
+
+
+def _restore(accelerator: Accelerator, folder: Path, config: TrainConfig, result: TrainResult) -> None:
+    progress = json.loads((folder / "progress.json").read_text())
+    saved, wanted = progress["config"], json.loads(json.dumps(asdict(config)))
+    different = {key: (saved.get(key), wanted[key]) for key in wanted if saved.get(key) != wanted[key]}
+    if different:
+        said = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in different.items())
+        raise ValueError(f"{folder} holds a run with another recipe ({said}). Use the same recipe or another folder.")
+    accelerator.load_state(str(folder))
+    result.steps, result.losses, result.seconds = progress["steps"], progress["losses"], progress["seconds"]
