@@ -91,6 +91,19 @@ def grid(argument: str, x: Tensor, dims: Sequence[int], channels: int | None = N
     return tuple(x.shape[1:-1])
 
 
+def image(x: Tensor, channels: int) -> None:
+    """Check a batch of channels-first images `(batch, channels, height, width)`: what image models take."""
+    if x.dim() != 4 or x.shape[1] != channels:
+        hint = " Images are channels first." if x.dim() == 4 and x.shape[-1] == channels else ""
+        raise ValueError(f"x must be (batch, {channels}, height, width), got {tuple(x.shape)}.{hint}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x has an empty image: {tuple(x.shape)}.")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"x must hold floating-point numbers, got {x.dtype}: scale bytes to [0, 1] and normalise first."
+        )
+
+
 def heads_last(q: Tensor, k: Tensor, v: Tensor, *, same_grid: bool = True, ranks: Sequence[int] | None = None) -> None:
     """Check q, k, v as `(batch, *spatial, heads, head_dim)`.
 

@@ -32,6 +32,10 @@ class Conv3d(_ChannelsLast, nn.Conv3d):
     """nn.Conv3d on `(B, T, H, W, C)`."""
 
 
+class PixelShuffle(_ChannelsLast, nn.PixelShuffle):
+    """nn.PixelShuffle on channels-last maps: `(B, H, W, C r²)` -> `(B, r H, r W, C)` (Shi et al., 2016)."""
+
+
 def conv(dims: int) -> type[nn.Module]:
     """The channels-last convolution for `dims` spatial axes."""
     return {1: Conv1d, 2: Conv2d, 3: Conv3d}[dims]

@@ -26,6 +26,23 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(pad_to_multiple(x, (self.patch_size, self.patch_size))))
 
 
+class ConvEmbed(nn.Module):
+    """Overlapping patches by a strided convolution, then LayerNorm: `(B, H, W, C)` -> `(B, H/stride, W/stride, dim)`.
+
+    A side that is no multiple of the stride is zero-padded at its end first.
+    """
+
+    def __init__(self, in_chans: int, dim: int, kernel_size: int, stride: int, padding: int) -> None:
+        super().__init__()
+        self.proj = Conv2d(in_chans, dim, kernel_size, stride=stride, padding=padding)
+        self.norm = nn.LayerNorm(dim)
+        self.stride = stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Channels-last image or tokens in, channels-last tokens out."""
+        return self.norm(self.proj(pad_to_multiple(x, (self.stride, self.stride))))
+
+
 class PatchMerging(nn.Module):
     """2 x 2 neighbours concatenated, normalised and reduced: `(B, H, W, C)` -> `(B, H/2, W/2, 2C)` (Swin, section 3.1).
 

@@ -1,4 +1,4 @@
-"""Where a token is: relative position bias tables and fixed sine codes."""
+"""Where a token is: relative position bias tables, fixed sine codes, slopes of linear decay."""
 
 from __future__ import annotations
 
@@ -61,6 +61,35 @@ def resize_table(table: Tensor, old: Sequence[int], new: Sequence[int], mode: st
     return resized[0].flatten(1).t().contiguous()
 
 
+def resize_map(x: Tensor, size: Sequence[int]) -> Tensor:
+    """(Bi-, tri-)linear interpolation of `(B, C, *S)` to `(B, C, *size)`; pixel centres keep their place."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    return F.interpolate(x, tuple(size), mode=mode, align_corners=False)
+
+
+class PositionTable(nn.Module):
+    """A learned vector for each place of a grid, added to the tokens; on grids of another size it is interpolated.
+
+    `table` is `(1, prod(grid), dim)`, places in row-major order.
+    """
+
+    def __init__(self, grid: Sequence[int], dim: int, *, std: float = 0.02) -> None:
+        super().__init__()
+        self.grid = tuple(grid)
+        self.table = nn.Parameter(torch.empty(1, math.prod(grid), dim))
+        nn.init.trunc_normal_(self.table, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(B, *S, dim)` -> the same shape."""
+        table = self.table.unflatten(1, self.grid).movedim(-1, 1)
+        return x + resize_map(table, x.shape[1:-1]).movedim(1, -1)
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, dim={self.table.shape[-1]}"
+
+
 def sincos(positions: Tensor, dim: int, *, base: float = 10000.0, interleaved: bool = True) -> Tensor:
     """Sine and cosine code of positions `(...,)`: `(..., dim)` (Vaswani et al., 2017, section 3.5).
 
@@ -73,3 +102,14 @@ def sincos(positions: Tensor, dim: int, *, base: float = 10000.0, interleaved: b
     angles = positions.double()[..., None] * rates
     pair = torch.stack([angles.sin(), angles.cos()], -1 if interleaved else -2)
     return pair.flatten(-2).float()
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """Rates at which heads forget with distance, from fast to slow (ALiBi, Press et al., 2022, section 3).
+
+    For a power of two H: 2^(-8 (h + 1) / H), h = 0 .. H-1. For other numbers, the slopes of the power of two below, then
+    every second slope of the power of two above.
+    """
+    power = 1 << (num_heads.bit_length() - 1)
+    slopes = [2.0 ** (-8 * (head + 1) / power) for head in range(power)]
+    return slopes + [2.0 ** (-4 * (2 * head + 1) / power) for head in range(num_heads - power)]

@@ -6,6 +6,8 @@ twice counts twice. Both functions work on a dense (N, N) matrix, so N is meant 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -86,3 +88,22 @@ def laplacian_eigenpairs(
     values = torch.nn.functional.pad(values[:k].clamp(min=0), (0, missing), value=float("nan"))
     vectors = torch.nn.functional.pad(vectors[:, :k], (0, missing), value=float("nan"))
     return vectors.float(), values.float()
+
+
+def grid_edges(spatial: Sequence[int], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:
+    """The graph of a grid: every position joined to its two neighbours along each axis.
+
+    Args:
+        spatial: sizes of the axes; positions are numbered in row-major order.
+
+    Returns:
+        edge_index (2, E) and the kind of each edge (E,): 2 axis for steps forward along an axis, 2 axis + 1 for steps
+        back.
+    """
+    place = torch.arange(math.prod(spatial), device=device).view(*spatial)
+    edges, kinds = [], []
+    for axis, size in enumerate(spatial):
+        near, far = place.narrow(axis, 0, size - 1).flatten(), place.narrow(axis, 1, size - 1).flatten()
+        edges += [torch.stack([near, far]), torch.stack([far, near])]
+        kinds += [torch.full_like(near, 2 * axis), torch.full_like(near, 2 * axis + 1)]
+    return torch.cat(edges, 1), torch.cat(kinds)

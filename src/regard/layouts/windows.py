@@ -7,7 +7,7 @@ Tensors are `(batch, *spatial, *rest)`; `sizes` has one entry for each spatial a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -26,6 +26,21 @@ def pad_to_multiple(x: Tensor, sizes: Sequence[int]) -> Tensor:
     for pad in reversed(padding):
         ends += [0, pad]
     return F.pad(x, ends)
+
+
+def reflect_to_multiple(x: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Extend the end of each spatial axis to a multiple of `sizes` by mirroring: `(B, *S, ...)` -> `(B, *S', ...)`.
+
+    The last position is the mirror and is not repeated. An axis shorter than its extension is mirrored to and fro.
+    """
+    for axis, size in enumerate(sizes):
+        length = x.shape[1 + axis]
+        total = -(-length // size) * size
+        if total != length:
+            period = max(2 * (length - 1), 1)
+            place = torch.arange(total, device=x.device) % period
+            x = x.index_select(1 + axis, torch.where(place < length, place, period - place))
+    return x
 
 
 def crop(x: Tensor, spatial: Sequence[int]) -> Tensor:
@@ -65,6 +80,26 @@ def unpartition(x: Tensor, sizes: Sequence[int], spatial: Sequence[int], kind: P
         order += pair if kind == "window" else pair[::-1]
     order += range(1 + 2 * axes, x.dim())
     return x.permute(order).reshape(batch, *spatial, *rest)
+
+
+def map_windows(function: Callable[..., Tensor], sizes: Sequence[int], *grids: Tensor) -> Tensor:
+    """Apply `function` inside each window: it gets the windows of all `grids` as batches `(B windows, *sizes, ...)`.
+
+    Where an axis is no multiple of the window, the windows at its end are smaller and `function` is called for them apart.
+
+    Args:
+        function: grids -> one grid of the same spatial size. grids: `(B, *S, ...)`, all of one spatial size.
+    """
+    axes, spatial = len(sizes), grids[0].shape[1 : 1 + len(sizes)]
+    sizes = [min(size, length) for size, length in zip(sizes, spatial, strict=True)]
+    for axis, (length, size) in enumerate(zip(spatial, sizes, strict=True)):
+        if length % size:
+            whole = length - length % size
+            parts = [[grid.narrow(1 + axis, start, count) for grid in grids] for start, count in ((0, whole), (whole, length - whole))]
+            return torch.cat([map_windows(function, sizes, *part) for part in parts], 1 + axis)
+    groups = [partition(grid, sizes).flatten(0, 1).unflatten(1, sizes) for grid in grids]
+    out = function(*groups).flatten(1, axes)
+    return unpartition(out.unflatten(0, (grids[0].shape[0], -1)), sizes, spatial)
 
 
 def shift_regions(spatial: Sequence[int], padded: Sequence[int], sizes: Sequence[int], shift: Sequence[int]) -> Tensor:

@@ -132,7 +132,7 @@ def _torch(
     if not return_lse:
         return out
     lse = torch.cat(lses, 1) if len(lses) > 1 else lses[0]  # type: ignore[arg-type]
-    return out, _restore(lse, tiles)  # type: ignore[arg-type]
+    return out, _restore(lse, tiles).squeeze(-1)  # type: ignore[arg-type]
 
 
 def _tile(axes: int) -> int:
@@ -161,8 +161,8 @@ def _take(x: Tensor, positions: Sequence[Tensor]) -> Tensor:
 
 def _table(tiles: Sequence[AxisTiles], kernel_size: Sequence[int], bias: Tensor | None, q: Tensor) -> Tensor:
     """Additive terms for each combination of tile patterns: `(p1, p2, .., h or 1, T, E)`, -inf where not allowed."""
-    allowed = torch.ones(1, 1, dtype=torch.bool)
-    index = torch.zeros(1, 1, dtype=torch.long)
+    allowed = torch.ones(1, 1, dtype=torch.bool, device="cpu")
+    index = torch.zeros(1, 1, dtype=torch.long, device="cpu")
     for tile, width in zip(tiles, kernel_size, strict=True):
         # (.., T, E) x (p, t, e) -> (.., p, T t, E e)
         allowed = (allowed[..., None, :, None, :, None] & tile.allowed[:, None, :, None, :]).flatten(-2).flatten(-3, -2)
@@ -191,7 +191,7 @@ def _attend(
 
 
 def _restore(x: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
-    """`(B, n1, n2, .., h, T1 T2 .., d)` -> `(B, *S, h, d)` (a last axis of 1 is dropped)."""
+    """`(B, n1, n2, .., h, T1 T2 .., d)` -> `(B, *S, h, d)`."""
     axes = len(tiles)
     x = x.unflatten(2 + axes, [t.queries.shape[1] for t in tiles])
     order = [0]
@@ -201,7 +201,7 @@ def _restore(x: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
     x = x.reshape(x.shape[0], *(t.queries.numel() for t in tiles), *x.shape[-2:])
     for axis, tile in enumerate(tiles):
         x = x.index_select(1 + axis, tile.place.to(x.device))
-    return x.squeeze(-1) if x.shape[-1] == 1 else x
+    return x
 
 
 def _macs(q: Tensor, k: Tensor, v: Tensor, *, kernel_size: Sequence[int], **_: object) -> int:

@@ -84,15 +84,7 @@ class ImageModel(Model):
 
     def check_image(self, x: Tensor) -> None:
         """Check the input at the door."""
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            hint = " Images are channels first." if x.dim() == 4 and x.shape[-1] == self.in_chans else ""
-            raise ValueError(f"x must be (batch, {self.in_chans}, height, width), got {tuple(x.shape)}.{hint}")
-        if 0 in x.shape[2:]:
-            raise ValueError(f"x has an empty image: {tuple(x.shape)}.")
-        if not x.is_floating_point():
-            raise ValueError(
-                f"x must hold floating-point numbers, got {x.dtype}: scale bytes to [0, 1] and normalise first."
-            )
+        checks.image(x, self.in_chans)
         checks.no_half_on_cpu(type(self).__name__, x)
 
 

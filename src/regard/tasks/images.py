@@ -1,11 +1,10 @@
-"""Image classification: handwritten digits, scenes made of them whose answer lies far from the question, own folders."""
+"""Image classification: handwritten digits, scenes composed of them, and users' own folders."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -177,15 +176,15 @@ class Scenes(Classification):
         digits, classes = handwritten_digits(held_out=stream == EVAL)
         channels, size, _ = self.sample_shape
         images, labels = scenes.KINDS[self.kind](table, _enlarged(digits, size // 4)[:, 0], classes, channels)
-        # Constants near the scenes' own mean and deviation: taken from the data, they would tie each item to all others.
+        # Constants near the scenes' own mean and deviation: taken from the data, they would tie every item to all.
         return LabelledImages(images, labels, mean=0.05, std=0.16)
 
 
 class ImageFolder(Classification):
     """A folder with one subfolder of images for each class; or with `train/` and `val/`, each of that form.
 
-    Every image is decoded once, when the task is built: a file that cannot be read is found at the start, not hours later,
-    and the images stay in memory as bytes.
+    Every image is decoded once, when the task is built: a file that cannot be read is found at the start, not hours
+    later, and the images stay in memory as bytes.
 
     Args:
         data: the folder. `validation/`, `valid/` and `test/` are understood as `val/`.
@@ -225,7 +224,7 @@ class ImageFolder(Classification):
         self.classes = sorted(train_files)
         if len(self.classes) < 2:
             raise ValueError(
-                f"{self.folder} holds images of one class only ({self.classes[0]!r}): two subfolders or more are needed."
+                f"{self.folder} holds images of one class only ({self.classes[0]!r}): two subfolders at least."
             )
         self.num_classes = len(self.classes)
         count = sum(map(len, train_files.values())) + sum(map(len, eval_files.values()))

@@ -42,8 +42,8 @@ class Text(Task):
     Training windows begin anywhere in the first nine tenths of the text. The rest is for evaluation, in windows that
     follow one another, so that each of its tokens is predicted once, from at most `length` before it.
 
-    `bits_per_byte` is the information, `-log2 p`, that the model needs for the text, over the bytes of the text in UTF-8: it
-    can be compared between vocabularies, as perplexity (for a token) and accuracy cannot.
+    `bits_per_byte` is the information, `-log2 p`, that the model needs for the text, over the bytes of the text in
+    UTF-8: it can be compared between vocabularies, as perplexity (for a token) and accuracy cannot.
 
     Args:
         unit: "byte" (256 tokens) or "character" (one token for each that occurs in the text).
@@ -73,7 +73,7 @@ class Text(Task):
         held_out = int(EVAL_SHARE * len(tokens))
         if held_out < length + 1:
             raise ValueError(
-                f"the text has {len(tokens):,} tokens; length={length} needs at least {math.ceil((length + 1) / EVAL_SHARE):,} "
+                f"the text has {len(tokens):,} tokens; length={length} needs about {(length + 1) / EVAL_SHARE:,.0f} "
                 "(a tenth is held out for evaluation and must hold one window). Use a longer text or a smaller length."
             )
         self.train_tokens = tokens[:-held_out]
@@ -117,7 +117,7 @@ class Perplexity(MeanMetric):
 
 
 class Unigram(nn.Module):
-    """Each token as probable as it is frequent in the training text (counted once more than it is, for those never seen)."""
+    """Each token as probable as it is frequent in the training text; counts are one higher, for those never seen."""
 
     def __init__(self, tokens: Tensor, vocab_size: int) -> None:
         super().__init__()

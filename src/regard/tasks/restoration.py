@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.image import PeakSignalNoiseRatio
 
-from regard.tasks.base import EVAL, SPLIT, TRAIN, Generated, Task, whole
+from regard.tasks.base import SPLIT, TRAIN, Generated, Task, whole
 from regard.tasks.measures import measure, ssim
 from regard.tasks.sources import existing_folder, image_files, photographs, read_images
 
@@ -24,9 +24,9 @@ SMALLEST_MEASURED = 11
 class SuperResolution(Task):
     """From photographs reduced by bicubic interpolation back to the originals.
 
-    As in the literature, whole photographs are reduced (antialiased, rounded to 8 bits) and crops taken afterwards, so a
-    crop's border knows the pixels beyond it; PSNR and SSIM are taken on the luma of 8-bit answers without a border
-    of `scale` pixels, and averaged over crops. Figures are comparable between models here, not with tables on other photographs.
+    As in the literature, whole photographs are reduced (antialiased, rounded to 8 bits) and crops taken afterwards, so
+    a crop's border knows the pixels beyond it; PSNR and SSIM are taken on the luma of 8-bit answers without a border of
+    `scale` pixels, and averaged over crops. Figures compare models here; published tables use other photographs.
 
     Training crops are drawn, flipped and turned by `(seed, index)`. Evaluation takes other photographs, cut into all
     the whole `eval_patch` squares that they hold.

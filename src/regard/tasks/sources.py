@@ -14,7 +14,7 @@ IMAGE_ENDINGS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".ti
 
 HELD_OUT_DIGITS = 360
 
-# Photographs in colour. One view of the stereo pair `motorcycle` would give the other away, so only the left one is used.
+# Photographs in colour. Of the stereo pair `motorcycle` only the left view: the other is nearly the same picture.
 TRAIN_PHOTOGRAPHS = (
     "chelsea.png",
     "motorcycle_left.png",
@@ -60,7 +60,7 @@ def python_documentation() -> bytes:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(
-            "this Python comes without pydoc_data, the text that the task uses by default: give your own with data=FILE."
+            "this Python comes without pydoc_data, the text that the task uses by default: give your own by data=FILE."
         ) from error
     return "\n\n".join(topics[name].strip() for name in sorted(topics)).encode()
 

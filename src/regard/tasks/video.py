@@ -38,9 +38,9 @@ class Clips(Dataset[dict[str, Tensor]]):
 class MovingDigits(Task):
     """Given the first frames of a clip, draw the next ones.
 
-    Made as Moving MNIST is, from scikit-learn's digits: each of `digits` starts anywhere, moves in a direction of its own
-    by a tenth of its free way a frame and bounces off the walls; a digit is 28/64 of the canvas, and where two overlap
-    the brighter pixel shows. Evaluation clips show digits that no training clip shows.
+    Made as Moving MNIST is, from scikit-learn's digits: each of `digits` starts anywhere, moves in a direction of its
+    own by a tenth of its free way a frame and bounces off the walls; a digit is 28/64 of the canvas, and where two
+    overlap the brighter pixel shows. Evaluation clips show digits that no training clip shows.
 
     `mse` and `mae` are reported as for Moving MNIST: squared and absolute errors in [0, 1] summed over the pixels of
     a frame, `sum_hw (answer - truth)^2`, then averaged over frames and clips. They grow with the area of the canvas.
@@ -48,9 +48,9 @@ class MovingDigits(Task):
     Args:
         size: pixels of a side of the canvas; 32 unless given. Not with `data`, whose frames keep their size.
         frames_in, frames_out: frames shown, frames asked for.
-        train_items, eval_items: clips in the two sets. Clip i stays the same whatever their number. Not used with `data`.
-        data: folder of .npy arrays of grey frames, (T, H, W) or (N, T, H, W), uint8 or floats in [0, 1]. They are cut, in
-            order, into clips that share no frame; the last fifth of the clips is held out.
+        train_items, eval_items: clips in the two sets, without `data`. Clip i stays the same whatever their number.
+        data: folder of .npy arrays of grey frames, (T, H, W) or (N, T, H, W), uint8 or floats in [0, 1]. They are cut,
+            in order, into clips that share no frame; the last fifth of the clips is held out.
     """
 
     name = "moving_digits"
@@ -174,7 +174,7 @@ def moving(u: np.ndarray, images: np.ndarray, size: int, length: int) -> np.ndar
 
 def _own_clips(folder: Path, length: int) -> np.ndarray:
     """(clips, length, H, W) uint8 from the .npy files of a folder, in the order of their names."""
-    paths = sorted(folder.glob("*.npy"))
+    paths = sorted(folder.rglob("*.npy"))
     if not paths:
         raise ValueError(f"{folder} holds no .npy files.")
     clips = [clip for path in paths for video in _videos(path) for clip in _windows(video, length)]

@@ -1,7 +1,8 @@
 """Swin Transformer: Hierarchical Vision Transformer using Shifted Windows (Liu et al., 2021, arXiv 2103.14030).
 
-Attention stays inside windows of M x M tokens, so its cost is linear in the image. Every second block shifts the windows
-by half their size, which connects neighbours. A learned bias for each relative offset is the only sense of position.
+Attention stays inside windows of M x M tokens, so its cost is linear in the image. Every second block shifts the
+windows by half their size, which connects neighbours. A learned bias for each relative offset is the only sense of
+position.
 """
 
 from __future__ import annotations
@@ -66,8 +67,11 @@ class WindowAttention(Mixer):
 
     @classmethod
     def in_stack(cls, index: int, input_size: tuple[int, ...], dim: int, num_heads: int, **options: Any) -> Mixer:
-        """Every second block is shifted; windows are not larger than the grid."""
-        window = checks.tuple_of("window_size", options.pop("window_size", 7), len(input_size))
+        """Every second block is shifted. Unless given, windows are 7 or the largest side up to 8 that divides the grid."""
+        window = options.pop("window_size", None)
+        if window is None:
+            window = tuple(next((w for w in (7, 8, 6, 5, 4) if side % w == 0 and w < side), 7) for side in input_size)
+        window = checks.tuple_of("window_size", window, len(input_size))
         window = tuple(min(size, length) for size, length in zip(window, input_size, strict=True))
         return cls(dim, num_heads, window_size=window, shift=index % 2 == 1, axes=len(input_size), **options)
 
@@ -101,7 +105,7 @@ class WindowAttention(Mixer):
 
 
 class SwinTransformer(Hierarchical):
-    """Patch embedding 4 x 4, four stages of `Block(WindowAttention)`, patch merging between them, LayerNorm, mean, linear.
+    """Patches of 4 x 4, four stages of `Block(WindowAttention)`, patch merging between them, LayerNorm, mean, linear.
 
     Args:
         dim: channels of the first stage; they double from stage to stage.

@@ -1,0 +1,331 @@
+"""The command line: compare, verify, train, systems, mixers, models."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from regard.checks import nearest
+
+app = typer.Typer(
+    name="regard",
+    help="The world's attention mechanisms in one vocabulary: compare, verify, train.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+notes = Console(stderr=True)
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def _print_json(content: Any) -> None:
+    sys.stdout.write(json.dumps(content, indent=1) + "\n")
+
+
+def _shapes(text: str | None) -> tuple[tuple[int, ...], ...]:
+    if not text:
+        return ()
+    try:
+        shapes = tuple(tuple(int(side) for side in shape.split("x")) for shape in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--shapes takes sizes like 16x16,32x32, got {text!r}.") from None
+    if any(side < 1 for shape in shapes for side in shape):
+        raise typer.BadParameter(f"--shapes takes sizes above 0, got {text!r}.")
+    return shapes
+
+
+class _Bar:
+    """Progress of a comparison on the terminal: what is being done, and each result as it arrives."""
+
+    def __init__(self) -> None:
+        self.bar = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=notes,
+            transient=True,
+        )
+        self.what, self.task = "", None
+
+    def start(self, what: str, total: int) -> None:
+        self.what = what
+        self.task = self.bar.add_task(what, total=total, note="")
+
+    def step(self, done: int, note: str = "") -> None:
+        if self.task is not None:
+            self.bar.update(self.task, completed=done, note=note)
+
+    def finish(self, note: str = "") -> None:
+        if self.task is not None:
+            self.bar.remove_task(self.task)
+            self.task = None
+            notes.print(f"[green]done[/] {self.what}" + (f": {note}" if note else ""), highlight=False)
+
+
+@app.command()
+def compare(
+    mixers: Annotated[
+        str | None,
+        typer.Option(help="Names separated by commas; your own as module:Class or file.py:Class."),
+    ] = None,
+    task: Annotated[str, typer.Option(help="scenes, digits, imagefolder, text or moving_digits.")] = "scenes",
+    data: Annotated[str | None, typer.Option(help="Your own folder of images, text file or folder of videos.")] = None,
+    shapes: Annotated[str | None, typer.Option(help="Grids to time each mixer on, like 16x16,32x32.")] = None,
+    budget: Annotated[int, typer.Option(help="Training steps for every mixer and seed.")] = 300,
+    seeds: Annotated[int, typer.Option(help="Trainings of each mixer.")] = 2,
+    out: Annotated[Path, typer.Option(help="Where results are kept; start again with the same folder to go on.")] = Path(
+        "regard-compare"
+    ),
+    as_json: JsonFlag = False,
+) -> None:
+    """Which attention should I use? Train one small model with each mixer, measure speed and memory, write a report."""
+    from regard.workbench.compare import compare as run
+    from regard.workbench.compare import default_settings
+    from regard.workbench.report import problems, table, write_report
+
+    if data is not None and task == "scenes":
+        task = _task_for(Path(data))
+    names = tuple(name.strip() for name in mixers.split(",") if name.strip()) if mixers else ()
+    options = {"data": data, "shapes": _shapes(shapes), "budget": budget, "seeds": seeds}
+    settings = default_settings(task, names, **options)
+    bar = _Bar()
+    try:
+        with bar.bar:
+            results = run(settings, out, bar)
+    except KeyboardInterrupt:
+        notes.print(f"Stopped. What is finished is kept: the same command with --out {out} goes on there.")
+        raise typer.Exit(130) from None
+    report = write_report(results, out)
+    if as_json:
+        _print_json(results)
+        return
+    console.print(table(results))
+    for line in problems(results):
+        console.print(f"* {line}", style="yellow", markup=False)
+    console.print(f"Report: {report}  Data: {out / 'results.json'}", highlight=False)
+
+
+def _task_for(path: Path) -> str:
+    """What a user's folder or file is."""
+    from regard.tasks.sources import has_images
+
+    if path.is_file():
+        return "text"
+    if path.is_dir() and has_images(path):
+        return "imagefolder"
+    if path.is_dir() and any(path.rglob("*.npy")):
+        return "moving_digits"
+    raise ValueError(
+        f"data={str(path)!r} is neither a folder of images, a folder of .npy videos nor a text file. Expected for images: one "
+        "subfolder per class."
+        if path.exists()
+        else f"data={str(path)!r} does not exist."
+    )
+
+
+@app.command()
+def verify(
+    slugs: Annotated[list[str], typer.Argument(help="Systems, or `all`.")],
+    proof: Annotated[
+        list[str] | None,
+        typer.Option(help="exact, whole, trains, claim; may be repeated. All by default."),
+    ] = None,
+    preset: Annotated[str, typer.Option(help="smoke, small (what the evidence holds) or paper.")] = "small",
+    out: Annotated[Path | None, typer.Option(help="Folder of the evidence files.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Does a system hold what its paper says? Run its proofs and write evidence/SLUG.json."""
+    from regard.checks import one_of
+    from regard.registry import get_system, list_systems
+    from regard.workbench.verify import PROOFS
+    from regard.workbench.verify import verify as run
+
+    one_of("preset", preset, ("smoke", "small", "paper"))
+    chosen = [one_of("proof", name, PROOFS) for name in proof or PROOFS]
+    wanted = list_systems() if slugs == ["all"] else slugs
+    for slug in wanted:
+        get_system(slug)
+    everything = []
+    exact_failed = False
+    for slug in wanted:
+        evidence = run(slug, proofs=chosen, preset=preset, folder=out, note=lambda text: notes.print(text, highlight=False))  # type: ignore[arg-type]
+        everything.append(evidence)
+        exact_failed |= any(not evidence["proofs"][name]["holds"] for name in chosen if name in ("exact", "whole"))
+        if not as_json:
+            console.print(_proofs_table(evidence, chosen))
+    if as_json:
+        _print_json(everything)
+    raise typer.Exit(1 if exact_failed else 0)
+
+
+def _proofs_table(evidence: dict[str, Any], chosen: list[str]) -> Table:
+    table = Table(title=f"{evidence['slug']}: {evidence['title']}", title_justify="left", show_lines=False)
+    for column in ("proof", "verdict", "what was checked", "figures"):
+        table.add_column(column, overflow="fold")
+    for proof in chosen:
+        for check in evidence["proofs"][proof]["checks"]:
+            figures = ", ".join(f"{name} {value}" for name, value in check["figures"].items())
+            verdict = "[green]holds[/]" if check["holds"] else "[red]does not hold[/]"
+            table.add_row(proof, verdict, check["name"], figures)
+    return table
+
+
+@app.command()
+def systems(
+    matrix: Annotated[bool, typer.Option("--matrix", help="What each mixer can do, from running code.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder of the evidence files.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Every system and what is proven of it, from the evidence files alone."""
+    from regard.workbench.verify import PROOFS, summary
+
+    if matrix:
+        mixers(as_json)
+        return
+    rows = summary(out)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(title=f"{len(rows)} systems; proofs as checks that hold / checks made", title_justify="left")
+    for column in ("system", "area", *PROOFS, "follows"):
+        table.add_column(column)
+    for row in rows:
+        cells = [_colour(row[proof]) for proof in PROOFS]
+        table.add_row(row["slug"], row["area"], *cells, row["basis"].replace("_", " "))
+    console.print(table)
+
+
+def _colour(text: str) -> str:
+    if text == "missing":
+        return "[yellow]missing[/]"
+    good, _, total = text.partition("/")
+    return f"[green]{text}[/]" if good == total and total != "0" else f"[red]{text}[/]"
+
+
+@app.command()
+def mixers(as_json: JsonFlag = False) -> None:
+    """Every mixer, and what it can do: tried here and now, not read from a list."""
+    from regard.workbench.matrix import capabilities
+
+    rows = capabilities()
+    if as_json:
+        _print_json(rows)
+        return
+    columns = list(rows[0])
+    table = Table(title="mixers, as they ran just now", title_justify="left")
+    for column in columns:
+        table.add_column(column)
+    for row in rows:
+        table.add_row(*(_cell(row[column]) for column in columns))
+    console.print(table)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, bool):
+        return "[green]yes[/]" if value else "-"
+    return str(value)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(help="Shell pattern, like '*nat*'.")] = "*", as_json: JsonFlag = False
+) -> None:
+    """Published models by name, with their parameter counts."""
+    from regard.registry import find_variant, list_models
+
+    names = list_models(pattern)
+    if not names:
+        raise ValueError(f"no model matches {pattern!r}.{nearest(pattern.strip('*'), list_models())}")
+    rows = []
+    for name in names:
+        system, variant = find_variant(name)
+        rows.append({"model": name, "system": system.slug, "params": variant.params, "gmacs": variant.gmacs})
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table()
+    for column in ("model", "system", "parameters", "GMACs"):
+        table.add_column(column, justify="left" if column in ("model", "system") else "right")
+    for row in rows:
+        params = f"{row['params']:,}" if row["params"] else ""
+        table.add_row(row["model"], row["system"], params, f"{row['gmacs']:g}" if row["gmacs"] else "")
+    console.print(table)
+
+
+@app.command()
+def train(
+    slug: Annotated[str, typer.Argument(help="A system.")],
+    preset: Annotated[str, typer.Option(help="smoke, small (minutes on two cores) or paper.")] = "small",
+    steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
+    seed: Annotated[int, typer.Option(help="Of weights, batch order and dropout.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Keeps checkpoints; start again with it to go on.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Train a system on its own task, here or under torchrun."""
+    import torch
+
+    from regard.checks import one_of
+    from regard.proofs import get_proofs
+    from regard.registry import get_system
+    from regard.training import train as run
+
+    one_of("preset", preset, ("smoke", "small", "paper"))
+    get_system(slug)
+    proofs = get_proofs(slug)
+    if proofs is None:
+        raise ValueError(f"system {slug!r} has no recipe yet.")
+    torch.manual_seed(seed)
+    recipe = proofs.recipe(preset)  # type: ignore[arg-type]
+    config = replace(recipe.config, seed=seed, save_every=recipe.config.save_every or 100)
+    if steps is not None:
+        config = replace(config, steps=steps)
+    bar = _Bar()
+    notes.print(recipe.task.description, highlight=False)
+    try:
+        with bar.bar:
+            bar.start(f"train {slug}", config.steps)
+            result = run(recipe.model, recipe.task, config, out=out, on_step=lambda n, x: bar.step(n, f"loss {x:.4f}"))
+            bar.finish()
+    except KeyboardInterrupt:
+        kept = f" The same command with --out {out} goes on there." if out else " Nothing is kept without --out."
+        notes.print(f"Stopped.{kept}")
+        raise typer.Exit(130) from None
+    if out is not None and hasattr(recipe.model, "save_pretrained"):
+        recipe.model.save_pretrained(out / "model")  # type: ignore[operator]
+    trivial = recipe.task.trivial()
+    rows = {name: {"model": value, "trivial": trivial.get(name)} for name, value in result.metrics.items()}
+    if as_json:
+        _print_json({"metrics": rows, "steps": result.steps, "seconds": result.seconds})
+        return
+    table = Table(title=f"{slug} on {recipe.task.name} after {result.steps} steps", title_justify="left")
+    for column in ("metric", "model", recipe.task.trivial_answer):
+        table.add_column(column)
+    for name, row in rows.items():
+        table.add_row(name, f"{row['model']:.4g}", "" if row["trivial"] is None else f"{row['trivial']:.4g}")
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: errors that a user can act on come as one line, not as a traceback."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, FileNotFoundError) as error:
+        notes.print(f"[red]error:[/] {error}", highlight=False, markup=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

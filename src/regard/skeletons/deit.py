@@ -1,0 +1,93 @@
+"""DeiT (Touvron et al., 2021, arXiv 2012.12877) as a host: a plain vision transformer with a class token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from regard.layers import Block, PatchEmbed, vit_init
+from regard.skeletons.isotropic import Isotropic
+from regard.skeletons.place import MixerAt, places
+
+
+class TokenBlock(Block):
+    """A `Block` on a sequence "class token, then the grid", whose mixer gets the two apart.
+
+    The mixer maps `(grid (B, H, W, dim), class token (B, 1, dim))` to such a pair.
+    """
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """`(B, 1 + H W, dim)` -> the same shape."""
+        tokens = self.norm1(x)
+        tokens, first = self.mixer(tokens[:, 1:].unflatten(1, grid), tokens[:, :1])
+        x = x + self.drop_path(self.scale1(torch.cat([first, tokens.flatten(1, 2)], 1)))
+        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+
+
+class DeiT(Isotropic):
+    """Patches, class token, position table, blocks at one resolution, LayerNorm, linear on the class token.
+
+    Args:
+        mixer: builds the mixer of each block. One with `class_token = True` gets grid and class token apart
+            (`TokenBlock`); any other gets the whole sequence.
+        img_size: position tables are built for it; images of other sizes run too.
+    """
+
+    host_rules: ClassVar = ((r"^patch_embed\.", "stem."), (r"^(blocks\.\d+)\.attn\.", r"\1.mixer."))
+    """The authors' names outside of the mixers."""
+
+    def __init__(
+        self,
+        *,
+        mixer: MixerAt,
+        dim: int = 192,
+        depth: int = 12,
+        num_heads: int = 3,
+        mlp_ratio: float = 4.0,
+        patch_size: int = 16,
+        img_size: int = 224,
+        drop_path_rate: float = 0.0,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+    ) -> None:
+        norm = partial(nn.LayerNorm, eps=1e-6)
+        (stage,) = places([dim], [depth], [num_heads], [patch_size], img_size, drop_path_rate)
+        blocks: list[nn.Module] = []
+        for place in stage:
+            made = mixer(place)
+            kind = TokenBlock if getattr(made, "class_token", False) else Block
+            blocks.append(kind(dim, made, mlp_ratio=mlp_ratio, norm=norm, drop_path=place.drop_path))
+        super().__init__(
+            stem=PatchEmbed(in_chans, dim, patch_size, norm=False),
+            blocks=blocks,
+            dim=dim,
+            grid=stage[0].grid,
+            stride=patch_size,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            norm=norm(dim),
+            position=True,
+            class_token=True,
+        )
+        self.apply(vit_init)
+
+    def _sequences(self, x: Tensor) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Tokens `(B, 1 + H W, dim)` after each block, and the grid."""
+        x, grid = self._embed(x)
+        for block in self.blocks:
+            x = block(x, grid) if isinstance(block, TokenBlock) else block(x)
+            yield x, grid
+
+    def stages_forward(self, x: Tensor) -> list[Tensor]:
+        """`(B, in_chans, H, W)` -> the tokens after each block, as grids without the class token."""
+        return [tokens[:, 1:].unflatten(1, grid) for tokens, grid in self._sequences(x)]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """`(B, in_chans, H, W)` -> normalised tokens `(B, 1 + H' W', dim)`, class token first."""
+        self.check_image(x)
+        *_, (tokens, _) = self._sequences(x)
+        return self.norm(tokens)

@@ -1,0 +1,378 @@
+"""`regard compare`: the same small model with each mixer, trained alike, measured alike.
+
+The work is cut into pieces that are kept as they finish: training of one mixer with one seed, timing of all mixers at one
+size, a look at what one mixer reads. A mixer that fails somewhere says why in its row; the others go on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from regard import checks
+from regard.flops import count_macs, count_params
+from regard.registry import mixer_class
+from regard.skeletons.host import MixerPyramid, MixerVideo, build_in_stack
+from regard.tasks import Task, create_task
+from regard.training import TrainConfig, train
+from regard.workbench import machine
+from regard.workbench.measure import fit_growth, interleaved_seconds, peak_bytes, spread
+from regard.workbench.store import Store, write_json
+
+DEFAULT_MIXERS = {
+    2: ("softmax", "window", "neighborhood", "linear", "agent", "pooling"),
+    1: ("softmax", "linear", "lightning", "neighborhood", "identity"),
+    3: ("softmax", "neighborhood", "window", "linear", "identity"),
+}
+DEFAULT_SHAPES = {
+    2: ((16, 16), (24, 24), (32, 32), (48, 48), (64, 64)),
+    1: ((256,), (512,), (1024,), (2048,), (4096,)),
+    3: ((4, 8, 8), (4, 12, 12), (8, 12, 12), (8, 16, 16)),
+}
+TASKS = {"scenes": 2, "digits": 2, "imagefolder": 2, "text": 1, "moving_digits": 3}
+"""Tasks that can be compared on, and how many spatial axes their mixers see."""
+
+_COST_DIM, _COST_HEADS = 64, 4
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare, and how much of it.
+
+    Args:
+        mixers: registered names, or `module:Class` and `file.py:Class` for a user's own.
+        task: one of `TASKS`; `data` replaces its built-in data by a folder or file.
+        shapes: grid sizes at which each mixer alone is timed.
+        budget: training steps of every mixer and seed. batch_size, lr: the same for all.
+        seeds: how many; seeds 0, 1, ... set weights and batch order.
+    """
+
+    mixers: tuple[str, ...]
+    task: str = "scenes"
+    data: str | None = None
+    shapes: tuple[tuple[int, ...], ...] = ()
+    budget: int = 300
+    batch_size: int = 32
+    lr: float = 2e-3
+    seeds: int = 2
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        checks.one_of("task", self.task, TASKS)
+        checks.positive("budget", self.budget)
+        checks.positive("seeds", self.seeds)
+        if not self.mixers:
+            raise ValueError("mixers is empty: name at least one, for instance softmax.")
+        if len(set(self.mixers)) != len(self.mixers):
+            raise ValueError(f"mixers holds a name twice: {', '.join(self.mixers)}.")
+        for shape in self.shapes:
+            if len(shape) != self.axes:
+                raise ValueError(
+                    f"shapes of task {self.task!r} need {self.axes} sizes each, like {'x'.join(['16'] * self.axes)}; "
+                    f"got {'x'.join(map(str, shape))}."
+                )
+
+    @property
+    def axes(self) -> int:
+        """Spatial axes of the mixers."""
+        return TASKS[self.task]
+
+
+def default_settings(task: str = "scenes", mixers: Sequence[str] = (), **options: Any) -> Settings:
+    """Settings with the task's default mixers and shapes where none are given."""
+    axes = TASKS[checks.one_of("task", task, TASKS)]
+    shapes = options.pop("shapes", ()) or DEFAULT_SHAPES[axes]
+    return Settings(mixers=tuple(mixers) or DEFAULT_MIXERS[axes], task=task, shapes=tuple(shapes), **options)
+
+
+class Progress(Protocol):
+    """Where a run says what it is doing; the command line shows it, a notebook may ignore it."""
+
+    def start(self, what: str, total: int) -> None: ...
+    def step(self, done: int, note: str = "") -> None: ...
+    def finish(self, note: str = "") -> None: ...
+
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def start(self, what: str, total: int) -> None:
+        pass
+
+    def step(self, done: int, note: str = "") -> None:
+        pass
+
+    def finish(self, note: str = "") -> None:
+        pass
+
+
+def find_mixer(name: str) -> str | Callable[..., nn.Module]:
+    """A registered mixer's name as it is, or the class behind `module:Class` or `path/to/file.py:Class`.
+
+    Raises:
+        ValueError: for a name that is not known, a module that cannot be imported, or a class that is not there.
+    """
+    if ":" not in name:
+        mixer_class(name)
+        return name
+    home, _, attribute = name.rpartition(":")
+    try:
+        if home.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(home).stem, home)
+            if spec is None or spec.loader is None or not Path(home).is_file():
+                raise ValueError(f"mixer {name!r}: there is no file {home}.")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[spec.name] = module
+            spec.loader.exec_module(module)
+        else:
+            if "" not in sys.path:
+                sys.path.insert(0, "")
+            module = importlib.import_module(home)
+    except ImportError as error:
+        raise ValueError(f"mixer {name!r}: cannot import {home} ({error}). Is it in the current folder?") from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        raise ValueError(
+            f"mixer {name!r}: {home} has no {attribute}.{checks.nearest(attribute, [n for n in vars(module) if n[0] != '_'])}"
+        )
+    return found
+
+
+def build_task(settings: Settings) -> Task:
+    """The task with the user's data, if any."""
+    options = dict(settings.options)
+    if settings.data is not None:
+        options["data"] = settings.data
+    return create_task(settings.task, **options)
+
+
+def build_model(settings: Settings, task: Any, mixer: str | Callable[..., nn.Module]) -> nn.Module:
+    """The host of the task's kind with this mixer; everything else is equal for all mixers."""
+    if settings.axes == 2:
+        channels, height, width = task.sample_shape
+        patch = max(2, height // 16)
+        return MixerPyramid(
+            mixer, input_size=(height, width), patch_size=patch, num_classes=task.num_classes, in_chans=channels
+        )
+    if settings.axes == 1:
+        from regard.skeletons.decoder_lm import host_lm
+
+        return host_lm(mixer, task.vocab_size, dim=96, depth=2, num_heads=4, length=task.length)
+    sample = task.train_set[0]["past"]
+    return MixerVideo(mixer, frames=sample.shape[0], size=sample.shape[-1], channels=sample.shape[1])
+
+
+def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+def _why(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
+def _train_one(settings: Settings, task: Task, name: str, seed: int, progress: Progress) -> dict[str, Any]:
+    progress.start(f"train {name}, seed {seed}", settings.budget)
+    model = _seeded(lambda: build_model(settings, task, find_mixer(name)), seed)
+    config = TrainConfig(steps=settings.budget, batch_size=settings.batch_size, lr=settings.lr, seed=seed)
+    result = train(model, task, config, on_step=lambda step, loss: progress.step(step, f"loss {loss:.3f}"))
+    progress.finish(f"{task.metric} {result.metrics[task.metric]:.4g}")
+    every = max(1, settings.budget // 50)
+    return {
+        "metrics": result.metrics,
+        "losses": [round(loss, 5) for loss in result.losses[::every]],
+        "losses_every": every,
+        "seconds": result.seconds,
+        "params": count_params(model),
+        "reads": _reads(settings, task, model) if seed == 0 else None,
+    }
+
+
+def _reads(settings: Settings, task: Task, model: nn.Module) -> dict[str, Any] | None:
+    """What the trained model looks at: on one evaluation image, how much each pixel moves the winning logit, and how
+    much each token of the first stage moves the token in the middle."""
+    if settings.axes != 2:
+        return None
+    model.eval()
+    image = task.eval_set[0]["image"][None].clone().requires_grad_()
+    logits = model(image)
+    winner = int(logits[0].argmax())
+    (gradient,) = torch.autograd.grad(logits[0, winner], image)
+    tokens = model.stem(image.movedim(1, -1)).detach()  # type: ignore[operator,union-attr]
+    tokens = (tokens + model.position.detach()).requires_grad_()  # type: ignore[union-attr,operator]
+    stage = model.stages[0](tokens)  # type: ignore[index]
+    middle = stage[0, stage.shape[1] // 2, stage.shape[2] // 2]
+    (reach,) = torch.autograd.grad(middle.square().sum(), tokens)
+    return {
+        "image": _rounded(image.detach()[0]),
+        "label": int(task.eval_set[0]["label"]),
+        "answer": winner,
+        "pixels": _rounded(gradient[0].abs().sum(0)),
+        "tokens": _rounded(reach[0].norm(dim=-1)),
+    }
+
+
+def _rounded(x: Tensor) -> list[Any]:
+    return [_rounded(row) for row in x] if x.dim() > 1 else [float(f"{value:.4g}") for value in x.tolist()]
+
+
+def _time_shape(settings: Settings, shape: tuple[int, ...], progress: Progress) -> dict[str, Any]:
+    """Forward latency and peak memory of each mixer alone on one grid, dim 64, batch 1."""
+    progress.start(f"time all mixers at {'x'.join(map(str, shape))}", len(settings.mixers))
+    rows: dict[str, Any] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    x = torch.randn(1, *shape, _COST_DIM, generator=torch.Generator().manual_seed(0))
+    causal = {"causal": True} if settings.axes == 1 else {}
+    for index, name in enumerate(settings.mixers):
+        try:
+            mixer = build_in_stack(find_mixer(name), 0, shape, _COST_DIM, _COST_HEADS, **causal).eval()
+            run = torch.no_grad()(lambda m=mixer: m(x))
+            if run().shape != x.shape:
+                raise ValueError(f"forward gives shape {tuple(run().shape)}, expected {tuple(x.shape)}")
+            rows[name] = {"peak_bytes": peak_bytes(run), "macs": _macs(mixer, x)}
+            runs[name] = run
+        except Exception as error:  # a mixer that cannot run this size must not end the comparison
+            rows[name] = {"error": _why(error)}
+        progress.step(index + 1, name)
+    for name, times in interleaved_seconds(runs).items():
+        rows[name]["seconds"] = spread(times)
+    progress.finish()
+    return {"rows": rows}
+
+
+def _macs(mixer: nn.Module, x: Tensor) -> int | None:
+    try:
+        return count_macs(mixer, x)
+    except Exception:  # the count is an extra: a user's module may do what the counter cannot follow
+        return None
+
+
+def _time_models(settings: Settings, task: Task, progress: Progress) -> dict[str, Any]:
+    """Forward latency of the whole models on one sample of the task."""
+    progress.start("time whole models", len(settings.mixers))
+    rows: dict[str, Any] = {}
+    runs: dict[str, Callable[[], Any]] = {}
+    sample = task.eval_set[0]
+    x = sample["image"][None] if settings.axes == 2 else sample["past"][None] if settings.axes == 3 else None
+    if x is None:
+        x = sample["tokens"][None, :-1]
+    for index, name in enumerate(settings.mixers):
+        try:
+            model = _seeded(lambda n=name: build_model(settings, task, find_mixer(n)), 0).eval()
+            runs[name] = torch.no_grad()(lambda m=model: m(x))
+            rows[name] = {"macs": _macs(model, x)}
+        except Exception as error:
+            rows[name] = {"error": _why(error)}
+        progress.step(index + 1, name)
+    for name, times in interleaved_seconds(runs, rounds=15).items():
+        rows[name]["seconds"] = spread(times)
+    progress.finish()
+    return {"rows": rows}
+
+
+def compare(settings: Settings, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Run what is missing, keep it under `out`, and write `out/results.json`.
+
+    Returns:
+        The content of results.json: settings, machine, task, one row for each mixer.
+
+    Raises:
+        ValueError: for settings that cannot work at all (unknown mixer or task, empty data); failures of single mixers
+            are reported in their rows instead.
+    """
+    progress = progress or Silent()
+    for name in settings.mixers:
+        find_mixer(name)
+    store, task = Store(out), build_task(settings)
+    about = asdict(settings) | {"machine": machine.facts()}
+    rows: dict[str, dict[str, Any]] = {name: {"mixer": name, "runs": [], "sizes": []} for name in settings.mixers}
+
+    def piece(kind: str, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        known = store.get(kind, asked)
+        if known is None:
+            known = make()
+            store.put(kind, asked, known)
+        return known
+
+    base = {key: about[key] for key in ("task", "data", "budget", "batch_size", "lr", "options")}
+    for seed in range(settings.seeds):
+        for name in settings.mixers:
+            asked = base | {"mixer": name, "seed": seed, "source": _source_stamp(name)}
+            try:
+                run = piece("train", asked, lambda n=name, s=seed: _train_one(settings, task, n, s, progress))
+                rows[name]["runs"].append({"seed": seed} | run)
+            except Exception as error:
+                rows[name]["runs"].append({"seed": seed, "error": _why(error)})
+                progress.finish("failed")
+    names = {"mixers": list(settings.mixers), "sources": [_source_stamp(name) for name in settings.mixers]}
+    models = piece("models", base | names, lambda: _time_models(settings, task, progress))
+    for shape in settings.shapes:
+        asked = names | {"shape": shape, "axes": settings.axes, "threads": torch.get_num_threads()}
+        timed = piece("shape", asked, lambda s=shape: _time_shape(settings, s, progress))
+        for name in settings.mixers:
+            rows[name]["sizes"].append({"shape": list(shape)} | timed["rows"][name])
+    for name, row in rows.items():
+        row["model"] = models["rows"][name]
+        row |= _summary(row, task)
+    results = {
+        "settings": asdict(settings),
+        "machine": about["machine"],
+        "task": {
+            "name": task.name,
+            "description": task.description,
+            "metric": task.metric,
+            "higher_is_better": task.higher_is_better,
+            "trivial": task.trivial()[task.metric],
+            "trivial_answer": task.trivial_answer,
+        },
+        "cost_dim": _COST_DIM,
+        "rows": list(rows.values()),
+    }
+    write_json(out / "results.json", results)
+    return results
+
+
+def _source_stamp(name: str) -> str:
+    """Changes when a user's own mixer file changes, so that its results are made anew."""
+    if ":" not in name:
+        return ""
+    found = find_mixer(name)
+    import hashlib
+    import inspect
+
+    try:
+        return hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:12]  # type: ignore[arg-type]
+    except (OSError, TypeError):
+        return ""
+
+
+def _summary(row: dict[str, Any], task: Task) -> dict[str, Any]:
+    scores = [run["metrics"][task.metric] for run in row["runs"] if "metrics" in run]
+    good = [size for size in row["sizes"] if "seconds" in size]
+    tokens = [_tokens(size["shape"]) for size in good]
+    return {
+        "scores": scores,
+        "score": spread(scores) if scores else None,
+        "params": next((run["params"] for run in row["runs"] if "params" in run), None),
+        "time_growth": fit_growth(tokens, [size["seconds"]["median"] for size in good]),
+        "memory_growth": fit_growth(tokens, [size["peak_bytes"] for size in good]),
+        "errors": sorted({part["error"] for part in [*row["runs"], *row["sizes"], row["model"]] if "error" in part}),
+    }
+
+
+def _tokens(shape: Sequence[int]) -> int:
+    tokens = 1
+    for side in shape:
+        tokens *= side
+    return tokens
+

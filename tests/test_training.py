@@ -1,0 +1,89 @@
+"""The trainer: exact resume, refusals, and parameters that must not decay."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from regard.layers import SimpleRMSNorm
+from regard.skeletons.host import MixerPyramid
+from regard.tasks import create_task, list_tasks
+from regard.training import TrainConfig, train
+from regard.training.trainer import StepSampler, parameter_groups
+
+
+def small():
+    torch.manual_seed(3)
+    return MixerPyramid("softmax", dims=(8, 16), depths=(1, 1), patch_size=8, num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def task():
+    return create_task("digits")
+
+
+def test_interrupted_runs_continue_exactly(tmp_path, task):
+    config = TrainConfig(steps=8, batch_size=8, save_every=3)
+    straight = small()
+    expected = train(straight, task, config, cpu=True)
+
+    def stop(step, loss):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(small(), task, config, out=tmp_path, on_step=stop, cpu=True)
+    again = small()
+    result = train(again, task, config, out=tmp_path, cpu=True)
+    assert result.losses == expected.losses
+    for ours, theirs in zip(again.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert result.metrics == expected.metrics
+
+
+def test_checkpoint_of_another_recipe_is_refused(tmp_path, task):
+    train(small(), task, TrainConfig(steps=1, batch_size=4), out=tmp_path, cpu=True)
+    with pytest.raises(ValueError, match=r"another recipe \(steps was 1, is 2\)"):
+        train(small(), task, TrainConfig(steps=2, batch_size=4), out=tmp_path, cpu=True)
+
+
+def test_loss_that_is_not_finite_stops_with_advice(task):
+    model = small()
+    torch.nn.init.constant_(model.head.bias, float("nan"))
+    with pytest.raises(ValueError, match="lower lr"):
+        train(model, task, TrainConfig(steps=1, batch_size=4), cpu=True)
+
+
+def test_batches_depend_on_the_step_alone():
+    whole = list(StepSampler(10, 4, 0, 8, seed=1))
+    assert whole[3:] == list(StepSampler(10, 4, 3, 8, seed=1))
+    assert sorted(sum(whole, [])[:10]) == list(range(10)), "every item once an epoch"
+    assert whole != list(StepSampler(10, 4, 0, 8, seed=2))
+
+
+def test_norms_biases_and_tables_do_not_decay():
+    from regard.systems.backbones.swin import SwinTransformer
+
+    model = SwinTransformer(dim=8, depths=(1,), num_heads=(1,), window_size=4, num_classes=2)
+    decayed, plain = parameter_groups(model, 0.05)
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert all(names[id(p)].endswith("weight") for p in decayed["params"])
+    assert any("bias.table" in names[id(p)] for p in plain["params"])
+    assert plain["weight_decay"] == 0
+
+
+@pytest.mark.parametrize("options", [{"steps": 0}, {"lr": -1.0}, {"schedule": "linear"}, {"optimizer": "lion"}])
+def test_wrong_recipes(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        TrainConfig(**options)
+
+
+def test_every_task_is_where_it_is_said_to_be():
+    assert "scenes" in list_tasks()
+    with pytest.raises(ValueError, match="Did you mean 'scenes'"):
+        create_task("scene")
+
+
+def test_rms_norm_is_the_formula():
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(SimpleRMSNorm(5)(x), x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt())
