@@ -108,7 +108,7 @@ def growth(rows: Sequence[dict[str, Any]], value: str, label: str, unit: float) 
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axis.grid(True)
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
         return _svg(figure, label)
 
 
@@ -150,7 +150,11 @@ def reads(rows: Sequence[dict[str, Any]]) -> str:
         for column, (name, look) in enumerate(shown, 1):
             axes[0, column].imshow(np.array(look["pixels"]) ** 0.5, cmap="magma", interpolation="nearest")
             axes[0, column].set_title(f"{name}: {look['answer']}", fontsize=9)
-            axes[1, column].imshow(np.array(look["tokens"]) ** 0.5, cmap="magma", interpolation="nearest")
+            tokens = np.array(look["tokens"])
+            middle = (tokens.shape[0] // 2, tokens.shape[1] // 2)
+            tokens[middle] = 0  # the residual path: brighter than everything that the mixer brings
+            axes[1, column].imshow(tokens**0.5, cmap="magma", interpolation="nearest")
+            axes[1, column].plot(middle[1], middle[0], "x", color="#8fd3ff", ms=5)
         axes[0, 1].set_ylabel("answer", fontsize=9)
         axes[1, 1].set_ylabel("middle token", fontsize=9)
         for axis in axes.flat:
