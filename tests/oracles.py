@@ -37,11 +37,15 @@ def assert_exact(fast: Callable[..., Tensor], plain: Callable[..., Tensor], inpu
     oracle = outputs_and_gradients(plain, wide)
     for ours, true in zip(outputs_and_gradients(fast, wide), oracle, strict=True):
         torch.testing.assert_close(ours, true, rtol=1e-9, atol=1e-10)
-    scale = max(x.nan_to_num(neginf=0).abs().max().item() for x in [*wide, *oracle] if x.numel()) if wide[0].numel() else 0
+    scale = (
+        max(x.nan_to_num(neginf=0).abs().max().item() for x in [*wide, *oracle] if x.numel()) if wide[0].numel() else 0
+    )
     slack = 8 * torch.finfo(inputs[0].dtype).eps * scale
     narrow = outputs_and_gradients(plain, inputs)
     for ours, theirs, true in zip(outputs_and_gradients(fast, inputs), narrow, oracle, strict=True):
-        assert torch.isfinite(ours).equal(torch.isfinite(true)), "not finite where the oracle is, or the other way round"
+        assert torch.isfinite(ours).equal(torch.isfinite(true)), (
+            "not finite where the oracle is, or the other way round"
+        )
         true = true.nan_to_num(neginf=0)
         ours, theirs = ours.double().nan_to_num(neginf=0), theirs.double().nan_to_num(neginf=0)
         if not true.numel():

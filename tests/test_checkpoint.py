@@ -108,7 +108,9 @@ def test_tables_of_another_window_are_resized(authors):
 
 def test_key_map_converts():
     keys = KeyMap(
-        rules=[(r"^old\.", "new.")], drop=["index$"], convert=lambda key, value: {key: value.t()} if "w" in key else {key: value}
+        rules=[(r"^old\.", "new.")],
+        drop=["index$"],
+        convert=lambda key, value: {key: value.t()} if "w" in key else {key: value},
     )
     ours = keys.apply({"old.w": torch.zeros(2, 3), "old.index": torch.zeros(1), "b": torch.zeros(1)})
     assert {key: tuple(value.shape) for key, value in ours.items()} == {"new.w": (3, 2), "b": (1,)}

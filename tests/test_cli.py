@@ -26,18 +26,14 @@ def test_compare_to_report(tmp_path):
     (tmp_path / "mine.py").write_text(
         "from torch import nn\nclass Mine(nn.Linear):\n    def __init__(self, dim):\n        super().__init__(dim, dim)\n"
     )
-    done = regard(
-        "compare", "--mixers", "identity,mine:Mine", "--budget", 2, "--seeds", 1, "--shapes", "4x4,6x6", "--out", "out", "--json",
-        cwd=tmp_path,
-    )  # fmt: skip
+    size = ["--budget", 2, "--seeds", 1, "--shapes", "4x4,6x6"]
+    command = ["compare", "--mixers", "identity,mine:Mine", *size, "--out", "out"]
+    done = regard(*command, "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
     assert [row["mixer"] for row in results["rows"]] == ["identity", "mine:Mine"]
     assert (tmp_path / "out" / "report.html").exists()
-    again = regard(
-        "compare", "--mixers", "identity,mine:Mine", "--budget", 2, "--seeds", 1, "--shapes", "4x4,6x6", "--out", "out",
-        cwd=tmp_path, NO_COLOR="1",
-    )  # fmt: skip
+    again = regard(*command, cwd=tmp_path, NO_COLOR="1")
     assert "Mine" in again.stdout
     assert "\x1b[3" not in again.stdout
     assert "train" not in again.stderr, "everything was finished already"

@@ -13,7 +13,7 @@ from regard.workbench.compare import Settings, compare, default_settings, find_m
 from regard.workbench.measure import fit_growth, interleaved_seconds, peak_bytes
 from regard.workbench.report import findings, problems, table, write_report
 
-OWN = '''
+OWN = """
 from torch import nn
 
 class Mean(nn.Module):
@@ -29,14 +29,12 @@ class Small(Mean):
         if x.shape[1] > 16:
             raise RuntimeError("grids above 16 do not fit")
         return super().forward(x)
-'''
+"""
 
 
 def tiny(mixers, **options):
     options = {"budget": 2, "seeds": 1, "batch_size": 4, "shapes": ((4, 4), (6, 6), (8, 8)), **options}
-    return Settings(
-        mixers=tuple(mixers), options={"train_items": 16, "eval_items": 8}, **options
-    )
+    return Settings(mixers=tuple(mixers), options={"train_items": 16, "eval_items": 8}, **options)
 
 
 @pytest.fixture
@@ -48,7 +46,9 @@ def own(tmp_path):
 
 def test_rows_hold_everything(tmp_path, own):
     results = compare(tiny(["softmax", f"{own}:Mean"], seeds=2), tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == json.loads(json.dumps(results["rows"]))
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["rows"] == json.loads(
+        json.dumps(results["rows"])
+    )
     for row in results["rows"]:
         assert [run["seed"] for run in row["runs"]] == [0, 1]
         assert len(row["scores"]) == 2

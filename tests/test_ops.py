@@ -8,8 +8,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from oracles import assert_exact
 
+from oracles import assert_exact
 from regard import kernels, ops
 from regard.ops import reference
 
@@ -133,7 +133,9 @@ def test_dense_equals_reference(queries, keys, heads, dim, kind, lse):
 
     def run(backend):
         def call(q, k, v, bias=None):
-            return ops.attention(q, k, v, bias=bias, mask=mask, causal=kind == "causal", return_lse=lse, backend=backend)
+            return ops.attention(
+                q, k, v, bias=bias, mask=mask, causal=kind == "causal", return_lse=lse, backend=backend
+            )
 
         return call
 

@@ -34,7 +34,9 @@ def test_equals_the_authors_recording(slug, case):
 
 
 @pytest.mark.parametrize(
-    ("slug", "check"), [(slug, check) for slug in SYSTEMS for check in proofs(slug).checks], ids=lambda v: getattr(v, "__name__", v)
+    ("slug", "check"),
+    [(slug, check) for slug in SYSTEMS for check in proofs(slug).checks],
+    ids=lambda v: getattr(v, "__name__", v),
 )
 def test_exactness_checks(slug, check):
     result = check()
@@ -57,7 +59,9 @@ def test_trains(slug):
 
 
 @pytest.mark.parametrize(
-    ("slug", "claim"), [(slug, claim) for slug in SYSTEMS for claim in proofs(slug).claims], ids=lambda v: getattr(v, "__name__", v)
+    ("slug", "claim"),
+    [(slug, claim) for slug in SYSTEMS for claim in proofs(slug).claims],
+    ids=lambda v: getattr(v, "__name__", v),
 )
 def test_claim_runs(slug, claim):
     check = claim("smoke")

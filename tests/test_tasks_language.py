@@ -123,6 +123,6 @@ def test_options_are_refused_at_the_door(options, said):
 def test_text_that_is_not_utf8_needs_bytes(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"caf\xe9 " * 100)
-    with pytest.raises(ValueError, match="not UTF-8 text .* at byte 3.*unit='byte'"):
+    with pytest.raises(ValueError, match=r"not UTF-8 text .* at byte 3.*unit='byte'"):
         create_task("text", data=path, length=8, unit="character")
     assert create_task("text", data=path, length=8).vocab_size == 256

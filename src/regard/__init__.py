@@ -12,6 +12,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from regard import kernels, layers, layouts, ops, skeletons, systems, tasks, training, workbench
+    from regard.checkpoint import load_authors_weights
+    from regard.flops import count_macs, count_params
+    from regard.registry import create_mixer, create_model, get_system, list_mixers, list_models, list_systems
+
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -27,7 +33,27 @@ _HOMES = {
 }
 _SUBPACKAGES = ("kernels", "layers", "layouts", "ops", "skeletons", "systems", "tasks", "training", "workbench")
 
-__all__ = ["__version__", *_HOMES, *_SUBPACKAGES]
+__all__ = [
+    "__version__",
+    "count_macs",
+    "count_params",
+    "create_mixer",
+    "create_model",
+    "get_system",
+    "kernels",
+    "layers",
+    "layouts",
+    "list_mixers",
+    "list_models",
+    "list_systems",
+    "load_authors_weights",
+    "ops",
+    "skeletons",
+    "systems",
+    "tasks",
+    "training",
+    "workbench",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -40,16 +66,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-if TYPE_CHECKING:
-    from regard.checkpoint import load_authors_weights
-    from regard.flops import count_macs, count_params
-    from regard.registry import (
-        create_mixer,
-        create_model,
-        get_system,
-        list_mixers,
-        list_models,
-        list_systems,
-    )

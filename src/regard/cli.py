@@ -6,11 +6,11 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from regard.checks import nearest
@@ -58,7 +58,8 @@ class _Bar:
             console=notes,
             transient=True,
         )
-        self.what, self.task = "", None
+        self.what = ""
+        self.task: TaskID | None = None
 
     def start(self, what: str, total: int) -> None:
         self.what = what
@@ -86,9 +87,9 @@ def compare(
     shapes: Annotated[str | None, typer.Option(help="Grids to time each mixer on, like 16x16,32x32.")] = None,
     budget: Annotated[int, typer.Option(help="Training steps for every mixer and seed.")] = 300,
     seeds: Annotated[int, typer.Option(help="Trainings of each mixer.")] = 2,
-    out: Annotated[Path, typer.Option(help="Where results are kept; start again with the same folder to go on.")] = Path(
-        "regard-compare"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Where results are kept; start again with the same folder to go on.")
+    ] = Path("regard-compare"),
     as_json: JsonFlag = False,
 ) -> None:
     """Which attention should I use? Train one small model with each mixer, measure speed and memory, write a report."""
@@ -161,7 +162,9 @@ def verify(
     everything = []
     exact_failed = False
     for slug in wanted:
-        evidence = run(slug, proofs=chosen, preset=preset, folder=out, note=lambda text: notes.print(text, highlight=False))  # type: ignore[arg-type]
+        evidence = run(
+            slug, proofs=chosen, preset=preset, folder=out, note=lambda text: notes.print(text, highlight=False)
+        )
         everything.append(evidence)
         exact_failed |= any(not evidence["proofs"][name]["holds"] for name in chosen if name in ("exact", "whole"))
         if not as_json:
@@ -261,7 +264,7 @@ def models(
         table.add_column(column, justify="left" if column in ("model", "system") else "right")
     for row in rows:
         params = f"{row['params']:,}" if row["params"] else ""
-        table.add_row(row["model"], row["system"], params, f"{row['gmacs']:g}" if row["gmacs"] else "")
+        table.add_row(str(row["model"]), str(row["system"]), params, f"{row['gmacs']:g}" if row["gmacs"] else "")
     console.print(table)
 
 
@@ -288,7 +291,7 @@ def train(
     if proofs is None:
         raise ValueError(f"system {slug!r} has no recipe yet.")
     torch.manual_seed(seed)
-    recipe = proofs.recipe(preset)  # type: ignore[arg-type]
+    recipe = proofs.recipe(cast(Any, preset))
     config = replace(recipe.config, seed=seed, save_every=recipe.config.save_every or 100)
     if steps is not None:
         config = replace(config, steps=steps)

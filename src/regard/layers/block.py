@@ -11,7 +11,9 @@ from regard.layers.mlp import Mlp
 
 
 class Block(nn.Module):
-    r"""Pre-norm residual block: $x \leftarrow x + \gamma_1\,\mathrm{mixer}(n_1(x))$, $x \leftarrow x + \gamma_2\,\mathrm{mlp}(n_2(x))$.
+    r"""Pre-norm residual block.
+
+    $$x \leftarrow x + \gamma_1\,\mathrm{mixer}(n_1(x)),\qquad x \leftarrow x + \gamma_2\,\mathrm{mlp}(n_2(x))$$
 
     Args:
         mixer: any module on channels-last grids. mlp: None is `Mlp` with `mlp_ratio * dim` hidden channels.

@@ -18,15 +18,15 @@ class MBConv(nn.Module):
 
     $$y = s(x) + W_2\,\mathrm{SE}(a(n_2(\mathrm{DW}(a(n_1(W_1\,n_0(x)))))))$$
 
-    n are norms, a the activation, W 1 x 1 convolutions; DW carries the stride. The shortcut s is average pooling if there
-    is a stride, then a 1 x 1 convolution if the channels change. Padding is TensorFlow's SAME: with a stride the odd pixel
-    goes to the bottom and right, and pooling takes the mean over the pixels that exist.
+    n are norms, a the activation, W 1 x 1 convolutions; DW carries the stride. The shortcut s is average pooling if
+    there is a stride, then a 1 x 1 convolution if the channels change. Padding is TensorFlow's SAME: with a stride the
+    odd pixel goes to the bottom and right, and pooling takes the mean over the pixels that exist.
 
     Args:
         dim, out_dim: channels in and out; out_dim None keeps dim.
         expand_ratio: inner channels as a multiple of out_dim.
-        se_ratio: hidden channels of squeeze-and-excitation as a multiple of out_dim (not of the inner channels); 0 leaves
-            it out. Its inner activation is SiLU.
+        se_ratio: hidden channels of squeeze-and-excitation as a multiple of out_dim (not of the inner channels); 0
+            leaves it out. Its inner activation is SiLU.
         norm: of channels -> module; in the convolution branch only.
     """
 

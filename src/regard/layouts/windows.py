@@ -10,9 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from regard.layouts.tables import table
 
 Partition = Literal["window", "grid"]
 
@@ -95,7 +98,10 @@ def map_windows(function: Callable[..., Tensor], sizes: Sequence[int], *grids: T
     for axis, (length, size) in enumerate(zip(spatial, sizes, strict=True)):
         if length % size:
             whole = length - length % size
-            parts = [[grid.narrow(1 + axis, start, count) for grid in grids] for start, count in ((0, whole), (whole, length - whole))]
+            parts = [
+                [grid.narrow(1 + axis, start, count) for grid in grids]
+                for start, count in ((0, whole), (whole, length - whole))
+            ]
             return torch.cat([map_windows(function, sizes, *part) for part in parts], 1 + axis)
     groups = [partition(grid, sizes).flatten(0, 1).unflatten(1, sizes) for grid in grids]
     out = function(*groups).flatten(1, axes)
@@ -108,14 +114,21 @@ def shift_regions(spatial: Sequence[int], padded: Sequence[int], sizes: Sequence
     Positions that the roll brought together from opposite edges get different regions, and so does padding, so that
     tokens may attend to each other exactly where their regions agree (Swin, fig. 4).
     """
-    regions = torch.zeros(tuple(padded), dtype=torch.int64, device="cpu")
-    for axis, (length, total, size, step) in enumerate(zip(spatial, padded, sizes, shift, strict=True)):
-        order = torch.arange(total, device="cpu")
-        position = (order + step) % total
-        label = torch.where(position < length, 0, 2)
-        if step:  # the last window of the rolled axis holds the end of the map, then its beginning
-            label += (order >= total - step).long()
-        shape = [1] * len(spatial)
-        shape[axis] = total
-        regions = regions * 4 + label.view(shape)
+    (regions,) = _shift_regions(*spatial, *padded, *shift)
     return regions
+
+
+@table
+def _shift_regions(*numbers: int) -> tuple[np.ndarray]:
+    axes = len(numbers) // 3
+    spatial, padded, shift = (numbers[first : first + axes] for first in range(0, 3 * axes, axes))
+    regions = np.zeros(padded, np.int64)
+    for axis, (length, total, step) in enumerate(zip(spatial, padded, shift, strict=True)):
+        order = np.arange(total)
+        label = np.where((order + step) % total < length, 0, 2)
+        if step:  # the last window of the rolled axis holds the end of the map, then its beginning
+            label += order >= total - step
+        shape = [1] * axes
+        shape[axis] = total
+        regions = regions * 4 + label.reshape(shape)
+    return (regions,)

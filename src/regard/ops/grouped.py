@@ -73,8 +73,9 @@ def _torch(
     key_offsets = offsets if key_offsets is None else key_offsets
     places, outs = [], []
     for bucket in buckets(offsets, key_offsets):
-        batch = [x[rows].transpose(1, 2) for x, rows in ((q, bucket.rows), (k, bucket.keys), (v, bucket.keys))]
-        out = F.scaled_dot_product_attention(*batch, bucket.key_exists[:, None, None], scale=scale).transpose(1, 2)
+        qs, ks, vs = q[bucket.rows], k[bucket.keys], v[bucket.keys]  # (groups, slots, heads, dim)
+        qs, ks, vs = qs.transpose(1, 2), ks.transpose(1, 2), vs.transpose(1, 2)
+        out = F.scaled_dot_product_attention(qs, ks, vs, bucket.key_exists[:, None, None], scale=scale).transpose(1, 2)
         places.append(bucket.rows[bucket.row_exists])
         outs.append(out[bucket.row_exists])
     result = q.new_zeros(*q.shape[:-1], v.shape[-1])

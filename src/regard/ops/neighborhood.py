@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard import checks
@@ -105,27 +106,29 @@ def _torch(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    # Letters: n tiles, T queries a tile, E keys a tile (the box that holds all windows of the tile), h heads.
-    # Each tile is one small dense product; a table of allowed pairs and biases is built for each kind of tile only.
+    # Letters: n tiles, p patterns of tiles, T queries a tile, E keys a tile (the box that holds all windows of the tile),
+    # h heads. Each tile is one small dense product; the table of biases is built for each pattern only.
     spatial, axes = q.shape[1:-2], q.dim() - 3
     side = _tile(axes)
     tiles = [
         axis_tiles(length, width, step, gap, past, min(side, -(-length // gap)))
         for length, width, step, gap, past in zip(spatial, kernel_size, stride, dilation, causal, strict=True)
     ]
+    tiles = [AxisTiles(*(part.to(q.device) for part in tile)) for tile in tiles]
     repeat = q.shape[-2] // k.shape[-2]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
-    table = _table(tiles, kernel_size, bias, q)
+    if bias is None:
+        bias = q.new_zeros(1, *(2 * width - 1 for width in kernel_size))
+    table = _table(tiles, bias.to(q.dtype))
     # The first axis is cut into chunks of tiles, so that the memory stays bounded whatever the size of the map.
-    inner = math.prod(t.pattern.numel() * t.allowed[0].numel() for t in tiles[1:])
-    per_tile = q.shape[0] * q.shape[-2] * inner * tiles[0].allowed[0].numel()
+    inner = math.prod(t.pattern.numel() * t.offset[0].numel() for t in tiles[1:])
+    per_tile = q.shape[0] * q.shape[-2] * inner * tiles[0].offset[0].numel()
     chunk = max(1, _CHUNK // max(per_tile, 1))
     outs, lses = [], []
     for first in range(0, len(tiles[0].pattern), chunk):
-        part = slice(first, first + chunk)
-        out, lse = _attend([_cut(tiles[0], part), *tiles[1:]], q, k, v, table, return_lse)
+        out, lse = _attend([_cut(tiles[0], slice(first, first + chunk)), *tiles[1:]], q, k, v, table, return_lse)
         outs.append(out)
         lses.append(lse)
     out = _restore(torch.cat(outs, 1) if len(outs) > 1 else outs[0], tiles)
@@ -141,16 +144,14 @@ def _tile(axes: int) -> int:
 
 
 def _cut(tiles: AxisTiles, part: slice) -> AxisTiles:
-    return AxisTiles(
-        tiles.queries[part], tiles.keys[part], tiles.place, tiles.pattern[part], tiles.allowed, tiles.offset
-    )
+    return tiles._replace(queries=tiles.queries[part], keys=tiles.keys[part], pattern=tiles.pattern[part])
 
 
 def _take(x: Tensor, positions: Sequence[Tensor]) -> Tensor:
     """Gather boxes: `(B, *S, h, d)` with positions `(n, s)` per axis -> `(B, n1, n2, .., h, s1 s2 .., d)`."""
     axes = len(positions)
     for axis, position in enumerate(positions):
-        x = x.index_select(1 + axis, position.flatten().to(x.device))
+        x = x.index_select(1 + axis, position.flatten())
     shape = [x.shape[0]]
     for position in positions:
         shape += position.shape
@@ -159,22 +160,18 @@ def _take(x: Tensor, positions: Sequence[Tensor]) -> Tensor:
     return x.permute(0, *outer, 1 + 2 * axes, *inner, 2 + 2 * axes).flatten(2 + axes, 1 + 2 * axes)
 
 
-def _table(tiles: Sequence[AxisTiles], kernel_size: Sequence[int], bias: Tensor | None, q: Tensor) -> Tensor:
-    """Additive terms for each combination of tile patterns: `(p1, p2, .., h or 1, T, E)`, -inf where not allowed."""
-    allowed = torch.ones(1, 1, dtype=torch.bool, device="cpu")
-    index = torch.zeros(1, 1, dtype=torch.long, device="cpu")
-    for tile, width in zip(tiles, kernel_size, strict=True):
-        # (.., T, E) x (p, t, e) -> (.., p, T t, E e)
-        allowed = (allowed[..., None, :, None, :, None] & tile.allowed[:, None, :, None, :]).flatten(-2).flatten(-3, -2)
-        offset = tile.offset[:, None, :, None, :]
-        index = (index[..., None, :, None, :, None] * (2 * width - 1) + offset).flatten(-2).flatten(-3, -2)
-    allowed, index = allowed.to(q.device), index.to(q.device)
-    if bias is None:
-        return (
-            torch.zeros(allowed.shape, dtype=q.dtype, device=q.device).masked_fill_(~allowed, -math.inf).unsqueeze(-3)
-        )
-    values = bias.flatten(1).to(q.dtype)[:, index].movedim(0, -3)
-    return values.masked_fill(~allowed.unsqueeze(-3), -math.inf)
+def _table(tiles: Sequence[AxisTiles], bias: Tensor) -> Tensor:
+    """The bias of each combination of tile patterns: `(p1, p2, .., h, T, E)`, -inf where a key is not seen."""
+    axes = len(tiles)
+    table = F.pad(bias, (0, 1) * axes, value=-math.inf)  # the entry that the offset of an unseen key names
+    for axis in reversed(range(axes)):  # the last first: later axes then copy whole rows
+        table = table.index_select(1 + axis, tiles[axis].offset.flatten())
+    shape = [table.shape[0]]
+    for tile in tiles:
+        shape += tile.offset.shape
+    patterns, queries, keys = (range(first, 1 + 3 * axes, 3) for first in (1, 2, 3))
+    table = table.view(shape).permute(*patterns, 0, *queries, *keys)
+    return table.flatten(1 + 2 * axes).flatten(1 + axes, 2 * axes)
 
 
 def _attend(
@@ -184,8 +181,8 @@ def _attend(
     q = _take(q, [t.queries for t in tiles])
     k, v = (_take(x, [t.keys for t in tiles]) for x in (k, v))
     for axis, tile in enumerate(tiles):
-        table = table.index_select(axis, tile.pattern.to(table.device))
-    logits = q @ k.transpose(-1, -2) + table
+        table = table.index_select(axis, tile.pattern)
+    logits = (q @ k.transpose(-1, -2)).add_(table)
     lse = logits.logsumexp(-1, keepdim=True) if return_lse else None
     return logits.softmax(-1) @ v, lse
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from regard import ops
 from regard.layers import Block, LinearAttention, SoftmaxAttention
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, headline, median_seconds, over_seeds, seeded
+from regard.proofs.experiments import cost_growth, headline, over_seeds, seeded
 from regard.proofs.recordings import Recorded
 from regard.skeletons import DeiT
 from regard.systems.backbones._agent_sd import AgentSD, DiffusionBlock, match_tokens
@@ -154,7 +154,7 @@ def _bias_by_token(coarse: Tensor, lines: nn.ParameterList, spatial: tuple[int, 
 
 
 def _neighbours(place: int, length: int, base: int) -> list[tuple[int, float]]:
-    """The two places of a line of `base` between which the centre of a place among `length` falls, and their weights."""
+    """The two places of a line of `base` around the centre of a place among `length`, and their weights."""
     at = max((place + 0.5) * base / length - 0.5, 0.0)
     low = int(at)
     return [(low, 1 - (at - low)), (min(low + 1, base - 1), at - low)]
@@ -252,29 +252,21 @@ def low_rank_softmax(preset: Preset) -> Check:
 def linear_time(preset: Preset) -> Check:
     """Time of the mixer over growing maps, against dense attention of the same width; both in the same run."""
     sides = [14, 20] if preset == "smoke" else [28, 40, 56, 80]
-    tokens = [side * side for side in sides]
-    figures: dict[str, float | list[float]] = {}
-    for name, build in (
-        ("agent", lambda side: AgentAttention(64, 1, agent_size=3, input_size=(side, side))),
-        ("softmax", lambda side: SoftmaxAttention(64, 1)),
-    ):
-        times = []
-        with torch.no_grad():
-            for side in sides:
-                mixer, x = build(side).eval(), torch.randn(1, side, side, 64)
-                times.append(median_seconds(lambda m=mixer, x=x: m(x), repeats=5))
-        macs = [build(side).cost((side, side)).macs for side in sides]
-        figures[f"{name}_macs_growth"] = round(growth(tokens, macs), 3)
-        figures[f"{name}_time_growth"] = round(growth(tokens, times), 2)
-        figures[f"{name}_time_over_smallest"] = [round(time / times[0], 2) for time in times]
+    figures = cost_growth(
+        {
+            "agent": lambda side: AgentAttention(64, 1, agent_size=3, input_size=(side, side)),
+            "softmax": lambda side: SoftmaxAttention(64, 1),
+        },
+        sides,
+    )
     return Check(
         "The cost of agent attention grows linearly with the number of tokens, that of softmax attention quadratically",
         holds=abs(figures["agent_macs_growth"] - 1) < 0.05
         and figures["agent_time_growth"] < 1.3
         and figures["softmax_time_growth"] > figures["agent_time_growth"] + 0.4,
         figures=figures,
-        setting=f"maps of {sides} squared, dim 64, one head, 9 agents; holds: the exponent of multiply-adds is 1.00 within "
-        "0.05, that of time below 1.3 and at least 0.4 below that of softmax attention",
+        setting=f"maps of {sides} squared, dim 64, one head, 9 agents; holds: the exponent of multiply-adds is 1.00 "
+        "within 0.05, that of time below 1.3 and at least 0.4 below that of softmax attention",
     )
 
 

@@ -66,7 +66,7 @@ def channel_attention_by_loops() -> Check:
                     mixed[..., i] += weight[:, None] * v[..., j]
         worst = max(worst, (mixer(x) - mixer.proj(mixed).view(x.shape)).abs().max().item())
     return Check(
-        "Channel attention is softmax attention among the channels of each group (eq. 4 and 5)",
+        "Channel attention is softmax attention among the channels of each group",
         holds=worst < 1e-12,
         figures={"largest_error": worst},
         setting="float64, maps of 1 to 3 axes, one position included",
@@ -194,7 +194,7 @@ def complementary(preset: Preset) -> Check:
         figures[f"parameters_{name}"] = sum(p.numel() for p in _tiny(task, blocks).parameters())
     best = max(figures["mean_spatial_only"], figures["mean_channel_only"])
     return Check(
-        "Spatial and channel attention complement each other: in turns they beat either alone (table 8)",
+        "Spatial and channel attention complement each other: in turns they beat either alone",
         holds=figures["mean_spatial_and_channel"] > best,
         figures=figures,
         setting=f"{task.description} Two stages, windows of 2 x 2 tokens, {config.steps} steps, seeds {list(seeds)}, "

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from regard.layers import Mixer
 from regard.tasks.base import Task
 from regard.training import TrainConfig, train
 
@@ -49,6 +50,34 @@ def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
 def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
     """Exponent p of values ~ sizes^p: the slope of a straight line through the logarithms."""
     return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(values, float)), 1)[0])
+
+
+def cost_growth(
+    mixers: Mapping[str, Callable[[int], Mixer]], sides: Sequence[int], *, repeats: int = 5
+) -> dict[str, float | list[float]]:
+    """How multiply-adds and forward time of mixers grow with the tokens of square maps, in one run.
+
+    Args:
+        mixers: name -> side of the map -> the mixer.
+
+    Returns:
+        `NAME_macs_growth` and `NAME_time_growth`, fitted exponents of the number of tokens, and `NAME_time_ratios`, the
+        times over that of the smallest map.
+    """
+    tokens = [side * side for side in sides]
+    figures: dict[str, float | list[float]] = {}
+    for name, build in mixers.items():
+        times, macs = [], []
+        for side in sides:
+            mixer = build(side).eval()
+            macs.append(mixer.cost((side, side)).macs)
+            with torch.no_grad():
+                x = torch.randn(1, side, side, mixer.dim)
+                times.append(median_seconds(lambda m=mixer, x=x: m(x), repeats))
+        figures[f"{name}_macs_growth"] = round(growth(tokens, macs), 3)
+        figures[f"{name}_time_growth"] = round(growth(tokens, times), 2)
+        figures[f"{name}_time_ratios"] = [round(seconds / times[0], 2) for seconds in times]
+    return figures
 
 
 def reach(function: Callable[[Tensor], Tensor], x: Tensor, index: tuple[int, ...]) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -74,12 +76,16 @@ def recipe(preset: Preset) -> Recipe:
     return Recipe(model, task, TrainConfig(steps=steps, batch_size=32, lr=1e-3))
 
 
+def _block(shift: bool) -> Block:
+    return Block(16, WindowAttention(16, 2, window_size=4, shift=shift))
+
+
 def shift_connects_windows(preset: Preset) -> Check:
     """Two blocks on a map of 2 x 2 windows: what can a corner token see, with and without the shift?"""
     sizes = {}
     for shift in (False, True):
-        mixers = [seeded(lambda i=i: WindowAttention(16, 2, window_size=4, shift=shift and i == 1), i) for i in (0, 1)]
-        stack = torch.nn.Sequential(*(seeded(lambda m=m: Block(16, m), 7) for m in mixers)).double()
+        blocks = [seeded(partial(_block, shift=shift and index == 1), index) for index in (0, 1)]
+        stack = torch.nn.Sequential(*blocks).double()
         x = torch.randn(1, 8, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         sizes[shift] = int(reach(stack, x, (3, 3)).sum())
     return Check(

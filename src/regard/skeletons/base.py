@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def make_head(features: int, num_classes: int, like: Tensor | None = None) -> nn
         raise ValueError(f"num_classes must be 0 or more, got {num_classes}.")
     if num_classes == 0:
         return nn.Identity()
-    kwargs = {} if like is None else {"device": like.device, "dtype": like.dtype}
+    kwargs: dict[str, Any] = {} if like is None else {"device": like.device, "dtype": like.dtype}
     head = nn.Linear(features, num_classes, **kwargs)
     nn.init.trunc_normal_(head.weight, std=0.02)
     nn.init.zeros_(head.bias)

@@ -28,8 +28,10 @@ class PVT(Hierarchical):
         (r"^pos_embed(\d)$", lambda m: f"downs.{int(m[1]) - 1}.1.table"),
         (r"^block(\d)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.{m[2]}."),
         (r"^(stages\.\d+\.\d+)\.attn\.", r"\1.mixer."),
+        (r"\.mixer\.sr\.", ".mixer.reduce.0."),
+        (r"\.mixer\.norm\.", ".mixer.reduce.1."),
     )
-    """The authors' names outside of the mixers."""
+    """The authors' names, with those of PVT's own attention."""
 
     def __init__(
         self,

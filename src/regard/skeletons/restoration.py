@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -83,6 +83,16 @@ class Reconstruction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, H, W, dim)` -> `(B, scale H, scale W, out_chans)`."""
         return self.last(self.up(self.before(x)))
+
+
+def _set_row(convolution: nn.Module, row: int, taps: Mapping[int, float]) -> None:
+    """Make one output channel a weighted sum of input channels at the same pixel."""
+    assert isinstance(convolution, Conv2d)
+    convolution.weight[row] = 0
+    for channel, value in taps.items():
+        convolution.weight[row, channel, convolution.kernel_size[0] // 2, convolution.kernel_size[1] // 2] = value
+    if convolution.bias is not None:
+        convolution.bias[row] = 0
 
 
 class Restoration(Model):
@@ -187,6 +197,49 @@ class Restoration(Model):
                 row.append(out.narrow(-2, begin[0], sides[0]).narrow(-1, begin[1], sides[1]))
             rows.append(torch.cat(row, -1))
         return torch.cat(rows, -2)
+
+    @torch.no_grad()
+    def start_as_enlargement(self) -> None:
+        """Set weights such that the untrained network repeats pixels (nearest neighbour); at scale 1 it gives the image.
+
+        From its usual start such a network spends its first thousand steps on learning to copy the image. Short
+        trainings can begin here instead. The body keeps its weights; the channels that carry the image are taken from
+        the convolutions around it, whose other channels stay as they are, with no weight in the answer yet.
+
+        Raises:
+            ValueError: if the reconstruction is too narrow (two channels for each of the image), or `head`, `fuse` or the
+                last convolution are not plain convolutions.
+        """
+        tail = self.reconstruction
+        last = tail.last if isinstance(tail.last, Conv2d) else tail.last[0]  # type: ignore[index]
+        direct = not isinstance(tail.last, Conv2d)
+        if not all(isinstance(module, Conv2d) for module in (self.head, self.fuse, last)):
+            raise ValueError("start_as_enlargement needs plain convolutions as head, fuse and last convolution.")
+        if not direct and last.in_channels < 2 * self.in_chans:
+            raise ValueError(f"width must be at least {2 * self.in_chans} to start so, got {last.in_channels}.")
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+        if self.scale == 1:  # the image is added at the end
+            return
+        for channel in range(self.in_chans):
+            _set_row(self.head, channel, {channel: 1.0})
+            _set_row(self.fuse, channel, {})
+            if direct:
+                for place in range(self.scale**2):
+                    _set_row(last, channel * self.scale**2 + place, {channel: 1.0})
+                continue
+            # Both signs go through the leaky ReLU (slope a): leaky(x) - leaky(-x) = (1 + a) x.
+            convolution, leaky = tail.before  # type: ignore[misc]
+            for sign, row in ((1.0, 2 * channel), (-1.0, 2 * channel + 1)):
+                _set_row(convolution, row, {channel: sign})
+                for up in tail.up:
+                    if isinstance(up, Conv2d):
+                        places = up.out_channels // up.in_channels
+                        for place in range(places):
+                            _set_row(up, row * places + place, {row: 1.0})
+            share = 1 / (1 + leaky.negative_slope)
+            _set_row(last, channel, {2 * channel: share, 2 * channel + 1: -share})
 
     def _enter(self, x: Tensor) -> Tensor:
         """Checked, mirrored and normalised: `(B, H', W', in_chans)`."""

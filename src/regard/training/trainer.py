@@ -73,7 +73,7 @@ class TrainResult:
 
 
 class StepSampler(Sampler[list[int]]):
-    """Batches of indices by step number: epoch e is the permutation drawn from `(seed, e)`, so step n is always the same."""
+    """Batches of indices by step: epoch e is the permutation drawn from `(seed, e)`, so step n is always the same."""
 
     def __init__(self, length: int, batch_size: int, start: int, stop: int, seed: int) -> None:
         if length < 1:
@@ -102,7 +102,8 @@ class StepSampler(Sampler[list[int]]):
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: decayed (two or more axes) and not (norms, biases, and names in `model.no_weight_decay()`)."""
     exempt = set(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else set()
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (plain if parameter.dim() < 2 or name in exempt else decayed).append(parameter)
@@ -140,8 +141,8 @@ def train(
     """Train `model` in place on `task` and evaluate it.
 
     With `out`, the state (model, optimiser, schedule, random generators, losses) is kept under `out/checkpoint` every
-    `config.save_every` steps and on interruption; a later call with the same `out` continues there, with the batches that
-    an uninterrupted run would have seen. A checkpoint of another recipe is refused.
+    `config.save_every` steps and on interruption; a later call with the same `out` continues there, with the batches
+    that an uninterrupted run would have seen. A checkpoint of another recipe is refused.
 
     Args:
         on_step: called after each step with the number of steps done and the loss; progress bars hang here.

@@ -1,7 +1,7 @@
 """`regard compare`: the same small model with each mixer, trained alike, measured alike.
 
-The work is cut into pieces that are kept as they finish: training of one mixer with one seed, timing of all mixers at one
-size, a look at what one mixer reads. A mixer that fails somewhere says why in its row; the others go on.
+The work is cut into pieces that are kept as they finish: training of one mixer with one seed, timing of all mixers at
+one size, a look at what one mixer reads. A mixer that fails somewhere says why in its row; the others go on.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -208,9 +209,9 @@ def _reads(settings: Settings, task: Task, model: nn.Module) -> dict[str, Any] |
     logits = model(image)
     winner = int(logits[0].argmax())
     (gradient,) = torch.autograd.grad(logits[0, winner], image)
-    tokens = model.stem(image.movedim(1, -1)).detach()  # type: ignore[operator,union-attr]
-    tokens = (tokens + model.position.detach()).requires_grad_()  # type: ignore[union-attr,operator]
-    stage = model.stages[0](tokens)  # type: ignore[index]
+    tokens = model.stem(image.movedim(1, -1)).detach()
+    tokens = (tokens + model.position.detach()).requires_grad_()
+    stage = model.stages[0](tokens)
     middle = stage[0, stage.shape[1] // 2, stage.shape[2] // 2]
     (reach,) = torch.autograd.grad(middle.square().sum(), tokens)
     return {
@@ -268,7 +269,7 @@ def _time_models(settings: Settings, task: Task, progress: Progress) -> dict[str
         x = sample["tokens"][None, :-1]
     for index, name in enumerate(settings.mixers):
         try:
-            model = _seeded(lambda n=name: build_model(settings, task, find_mixer(n)), 0).eval()
+            model = _seeded(partial(build_model, settings, task, find_mixer(name)), 0).eval()
             runs[name] = torch.no_grad()(lambda m=model: m(x))
             rows[name] = {"macs": _macs(model, x)}
         except Exception as error:
@@ -309,16 +310,16 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
         for name in settings.mixers:
             asked = base | {"mixer": name, "seed": seed, "source": _source_stamp(name)}
             try:
-                run = piece("train", asked, lambda n=name, s=seed: _train_one(settings, task, n, s, progress))
+                run = piece("train", asked, partial(_train_one, settings, task, name, seed, progress))
                 rows[name]["runs"].append({"seed": seed} | run)
             except Exception as error:
                 rows[name]["runs"].append({"seed": seed, "error": _why(error)})
                 progress.finish("failed")
     names = {"mixers": list(settings.mixers), "sources": [_source_stamp(name) for name in settings.mixers]}
-    models = piece("models", base | names, lambda: _time_models(settings, task, progress))
+    models = piece("models", base | names, partial(_time_models, settings, task, progress))
     for shape in settings.shapes:
         asked = names | {"shape": shape, "axes": settings.axes, "threads": torch.get_num_threads()}
-        timed = piece("shape", asked, lambda s=shape: _time_shape(settings, s, progress))
+        timed = piece("shape", asked, partial(_time_shape, settings, shape, progress))
         for name in settings.mixers:
             rows[name]["sizes"].append({"shape": list(shape)} | timed["rows"][name])
     for name, row in rows.items():
@@ -351,7 +352,7 @@ def _source_stamp(name: str) -> str:
     import inspect
 
     try:
-        return hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:12]  # type: ignore[arg-type]
+        return hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:12]
     except (OSError, TypeError):
         return ""
 
@@ -375,4 +376,3 @@ def _tokens(shape: Sequence[int]) -> int:
     for side in shape:
         tokens *= side
     return tokens
-

@@ -20,7 +20,7 @@ INK = "#7c8794"
 COLOURS = ("#3f7fd9", "#e0702d", "#2fa36b", "#c34a8e", "#8a66d6", "#b8901f", "#3aa6b9", "#d0504f", "#6f8f2f", "#8d6e63")
 MARKERS = "osD^vPX*hd"
 
-_STYLE = {
+_STYLE: Any = {
     "font.size": 10,
     "font.family": "sans-serif",
     "svg.fonttype": "none",
@@ -70,11 +70,15 @@ def score_against_latency(rows: Sequence[dict[str, Any]], metric: str, trivial: 
                 continue
             x, look = 1e3 * timed["median"], style_of(index)
             axis.plot([x] * 2, [min(row["scores"]), max(row["scores"])], color=look["color"], alpha=0.5, lw=2)
-            axis.plot([1e3 * timed["low"], 1e3 * timed["high"]], [row["score"]["median"]] * 2, color=look["color"], alpha=0.5)
+            axis.plot(
+                [1e3 * timed["low"], 1e3 * timed["high"]], [row["score"]["median"]] * 2, color=look["color"], alpha=0.5
+            )
             axis.plot(x, row["score"]["median"], ls="none", ms=8, label=row["mixer"], **look)
             axis.annotate(row["mixer"], (x, row["score"]["median"]), xytext=(8, 5), textcoords="offset points")
         axis.axhline(trivial, ls=":", color=INK)
-        axis.annotate("trivial answer", (0.99, trivial), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9)
+        axis.annotate(
+            "trivial answer", (0.99, trivial), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=9
+        )
         axis.set(xlabel="latency of the whole model on one sample, ms", ylabel=metric.replace("_", " "))
         axis.set_xlim(left=0)
         axis.margins(x=0.15, y=0.12)
@@ -127,7 +131,14 @@ def losses(rows: Sequence[dict[str, Any]]) -> str:
                 smooth = np.convolve(values, np.ones(width) / width, "valid")
                 steps = (np.arange(len(smooth)) + width / 2) * run["losses_every"]
                 label = row["mixer"] if number == 0 else None
-                axis.plot(steps, smooth, color=style_of(index)["color"], lw=1.4, alpha=0.9 if number == 0 else 0.45, label=label)
+                axis.plot(
+                    steps,
+                    smooth,
+                    color=style_of(index)["color"],
+                    lw=1.4,
+                    alpha=0.9 if number == 0 else 0.45,
+                    label=label,
+                )
         axis.set(xlabel="step", ylabel="training loss")
         axis.grid(True)
         axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -81,8 +81,8 @@ def table(results: dict[str, Any]) -> Table:
     shown = Table(
         title=f"{task['description']}\nTrivial answer ({task['trivial_answer']}): {task['trivial']:.3g}",
         title_justify="left",
-        caption=f"{settings['seeds']} seed{'s (range)' if settings['seeds'] > 1 else ''}. model: one sample. ms, MiB, time, memory: the mixer alone, growing to "
-        f"{shape} tokens. Medians; spread in the report.",
+        caption=f"{settings['seeds']} seed{'s (range)' if settings['seeds'] > 1 else ''}. model: one sample. "
+        f"ms, MiB, time, memory: the mixer alone, growing to {shape} tokens. Medians; spread in the report.",
         caption_justify="left",
     )
     metric = task["metric"].replace("_", " ")
@@ -181,7 +181,10 @@ def findings(results: dict[str, Any]) -> list[str]:
         fast, slow = ordered[0], ordered[-1]
         ratio = _largest(slow)["seconds"]["median"] / _largest(fast)["seconds"]["median"]
         shape = "x".join(map(str, _largest(fast)["shape"]))
-        said.append(f"At {shape} tokens {label(fast['mixer'])} is the fastest mixer; {label(slow['mixer'])} takes {ratio:.3g} times as long.")
+        said.append(
+            f"At {shape} tokens {label(fast['mixer'])} is the fastest mixer; "
+            f"{label(slow['mixer'])} takes {ratio:.3g} times as long."
+        )
         steep = [label(row["mixer"]) for row in timed if row["time_growth"] and row["time_growth"]["exponent"] > 1.5]
         if steep:
             said.append(f"Time grows faster than N^1.5: {', '.join(steep)}.")

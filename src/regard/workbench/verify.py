@@ -180,7 +180,11 @@ def summary(folder: Path | None = None) -> list[dict[str, Any]]:
     rows = []
     for slug in list_systems():
         proofs = evidence.get(slug, {}).get("proofs", {})
-        row: dict[str, Any] = {"slug": slug, "area": system_area(slug), "title": evidence.get(slug, {}).get("title", "")}
+        row: dict[str, Any] = {
+            "slug": slug,
+            "area": system_area(slug),
+            "title": evidence.get(slug, {}).get("title", ""),
+        }
         for proof in PROOFS:
             entry = proofs.get(proof)
             if entry is None:

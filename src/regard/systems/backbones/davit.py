@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regard import checks, ops
 from regard.checkpoint import KeyMap
-from regard.layers import Conv2d, DropPath, Mixer, Mlp, depthwise, heads_of, linear_rates, vit_init
+from regard.layers import Conv2d, ConvEmbed, DropPath, Mixer, Mlp, depthwise, heads_of, linear_rates, vit_init
 from regard.layouts.windows import crop, pad_to_multiple
 from regard.registry import System, Variant, register_mixer, register_system
 from regard.skeletons import Hierarchical
@@ -22,7 +22,7 @@ from regard.skeletons import Hierarchical
 
 @register_mixer("channel")
 class ChannelAttention(Mixer):
-    r"""Channel group attention: softmax attention whose tokens are channels (section 3.3, eq. 4 and 5).
+    r"""Channel group attention: softmax attention whose tokens are channels (section 3.3).
 
     $$\mathrm{out} = W_o\,[\mathrm{softmax}(d^{-1/2} Q_g^\top K_g)\, V_g^\top]^\top_{groups},\quad
       Q_g, K_g, V_g \in R^{N \times d}$$
@@ -111,20 +111,6 @@ class DualBlock(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Stem(nn.Module):
-    """Overlapping patches: zero-pad the image's end to a multiple of `stride`, convolve, LayerNorm."""
-
-    def __init__(self, in_chans: int, dim: int, stride: int) -> None:
-        super().__init__()
-        self.stride = stride
-        self.proj = Conv2d(in_chans, dim, 2 * stride - 1, stride=stride, padding=stride - 1)
-        self.norm = nn.LayerNorm(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(B, H, W, in_chans)` -> `(B, H/stride, W/stride, dim)`."""
-        return self.norm(self.proj(pad_to_multiple(x, (self.stride, self.stride))))
-
-
 class Downsample(nn.Module):
     """LayerNorm, then a 2 x 2 convolution of stride 2; an odd side is zero-padded."""
 
@@ -184,7 +170,7 @@ class DaViT(Hierarchical):
 
         rates = iter(linear_rates(drop_path_rate, len(blocks) * sum(depths)))
         super().__init__(
-            stem=Stem(in_chans, dims[0], patch_size),
+            stem=ConvEmbed(in_chans, dims[0], 2 * patch_size - 1, patch_size, patch_size - 1),
             downs=[nn.Identity(), *(Downsample(a, b) for a, b in pairwise(dims))],
             stages=[
                 [

@@ -10,13 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard import checks
 from regard.checkpoint import KeyMap
-from regard.layers import Block, Conv2d, GlobalNorm, Mixer, linear_rates, vit_init
+from regard.layers import Block, Conv2d, GlobalNorm, Mixer, PositionTable, linear_rates, resize_map, vit_init
 from regard.registry import System, Variant, register_mixer, register_system
 from regard.skeletons import Hierarchical
 from regard.skeletons.host import build_in_stack
@@ -68,7 +67,7 @@ def _box_mean(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 @register_mixer("spatial_fc")
 class SpatialFc(Mixer):
-    r"""One learned matrix over the positions of the map, shared by all channels (the FC hybrids of table 5).
+    r"""One learned matrix over the positions of the map, shared by all channels (the FC hybrids of the authors).
 
     $$\mathrm{out}_{ic} = \sum_j W_{ij}\, x_{jc},\quad W \in R^{N \times N},\ N = \prod \mathrm{grid}$$
 
@@ -108,12 +107,12 @@ class SpatialFc(Mixer):
 class StridedEmbed(Conv2d):
     """Overlapping patches of 2 stride - 1 pixels, no norm; then a learned map of positions if `grid` is given.
 
-    `(B, H, W, C)` -> `(B, H', W', dim)`. The map belongs to a `grid` of tokens and is resized (bicubic) to others.
+    `(B, H, W, C)` -> `(B, H', W', dim)`. The map belongs to a `grid` of tokens and is interpolated on others.
     """
 
     def __init__(self, in_chans: int, dim: int, stride: int, grid: tuple[int, ...] | None = None) -> None:
         super().__init__(in_chans, dim, 2 * stride - 1, stride=stride, padding=stride // 2)
-        self.position = nn.Parameter(torch.zeros(1, *grid, dim)) if grid is not None else None
+        self.position = nn.Identity() if grid is None else PositionTable(grid, dim)
 
     @staticmethod
     def tokens(pixels: Sequence[int], stride: int) -> tuple[int, ...]:
@@ -122,21 +121,13 @@ class StridedEmbed(Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Channels-last map in and out."""
-        x = super().forward(x)
-        return x if self.position is None else x + _resized(self.position, x.shape[1:3])
-
-
-def _resized(position: Tensor, grid: Sequence[int]) -> Tensor:
-    """A map of positions `(1, h, w, dim)` for another grid."""
-    if position.shape[1:3] == tuple(grid):
-        return position
-    return F.interpolate(position.movedim(-1, 1), tuple(grid), mode="bicubic", align_corners=False).movedim(1, -1)
+        return self.position(super().forward(x))
 
 
 def _ours(name: str, value: Tensor) -> dict[str, Tensor]:
     """The authors' tensors in our layout: 1 x 1 convolutions are linear layers, q stands apart from k and v."""
-    if name.endswith("position"):
-        return {name: value.movedim(1, -1)}
+    if name.endswith("position.table"):
+        return {name: value.flatten(2).transpose(1, 2)}
     if name.endswith("qkv.weight"):
         q, kv = value.split([value.shape[0] // 3, 2 * value.shape[0] // 3])
         return {name.replace("qkv", "q"): q, name.replace("qkv", "kv"): kv}
@@ -167,8 +158,8 @@ class MetaFormer(Hierarchical):
     authors_keys = KeyMap(
         rules=[
             (r"^patch_embed\.proj\.", "stem."),
-            (r"^network\.0\.pos_embed$", "stem.position"),
-            (r"^network\.(\d+)\.pos_embed$", lambda m: f"downs.{(int(m[1]) + 1) // 2}.position"),
+            (r"^network\.0\.pos_embed$", "stem.position.table"),
+            (r"^network\.(\d+)\.pos_embed$", lambda m: f"downs.{(int(m[1]) + 1) // 2}.position.table"),
             (r"^network\.(\d+)\.proj\.", lambda m: f"downs.{(int(m[1]) + 1) // 2}."),
             (r"^network\.(\d+)\.(\d+)\.", lambda m: f"stages.{int(m[1]) // 2}.{m[2]}."),
             (r"\.token_mixer\.", ".mixer."),
@@ -237,6 +228,8 @@ class MetaFormer(Hierarchical):
             in_chans=in_chans,
         )
         self.apply(vit_init)
+        if position_stage is not None:
+            nn.init.zeros_(embeds[position_stage].position.table)
 
     def check_image(self, x: Tensor) -> None:
         """The stem needs an image that its first patch fits on."""
@@ -246,11 +239,18 @@ class MetaFormer(Hierarchical):
             raise ValueError(f"x must be at least {smallest} pixels high and wide, got {tuple(x.shape)}: enlarge it.")
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Resize the map of positions of another image size."""
-        for name, own in self.state_dict().items():
-            if name.endswith("position") and name in state and state[name].shape[-1] == own.shape[-1]:
-                state[name] = _resized(state[name], own.shape[1:3])
+        """Interpolate the (square) map of positions of another image size."""
+        for name, module in self.named_modules():
+            table = state.get(f"{name}.table")
+            if isinstance(module, PositionTable) and table is not None and table.shape[-1] == module.table.shape[-1]:
+                side = int(table.shape[1] ** 0.5)
+                resized = resize_map(table.transpose(1, 2).unflatten(2, (side, side)), module.grid)
+                state[f"{name}.table"] = resized.flatten(2).transpose(1, 2)
         return state
+
+    def no_weight_decay(self) -> set[str]:
+        """The map of positions."""
+        return {name for name, _ in self.named_parameters() if name.endswith("position.table")}
 
 
 _README = "class and table of the authors' repository"

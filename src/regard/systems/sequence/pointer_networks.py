@@ -124,7 +124,9 @@ class PointingModel(EncoderDecoder):
         if lengths is None:
             lengths = torch.full((len(points),), count, device=points.device)
         elif lengths.shape != (len(points),):
-            raise ValueError(f"lengths must be one number for each of {len(points)} inputs, got {tuple(lengths.shape)}.")
+            raise ValueError(
+                f"lengths must be one number for each of {len(points)} inputs, got {tuple(lengths.shape)}."
+            )
         return lengths, torch.arange(count + 1, device=points.device) <= lengths[:, None]
 
 
