@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from jaxtyping import Float
 
 import regard
 from regard.flops import count_params
@@ -28,7 +29,7 @@ def test_mixer_keeps_shape_and_reaches_every_parameter(name, axes):
         mixer = build(name, axes, index)
         x = torch.randn(2, *GRIDS[axes], DIM, requires_grad=True)
         out = mixer(x)
-        assert out.shape == x.shape
+        assert isinstance(out, Float[torch.Tensor, f"2 {' '.join(map(str, GRIDS[axes]))} {DIM}"])
         assert out.dtype == x.dtype
         (out * torch.randn_like(out)).sum().backward()
         assert x.grad is not None

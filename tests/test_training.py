@@ -7,7 +7,7 @@ import torch
 
 from regard.layers import SimpleRMSNorm
 from regard.skeletons.host import MixerPyramid
-from regard.tasks import create_task, list_tasks
+from regard.tasks import create_task, list_tasks, own_data
 from regard.training import TrainConfig, train
 from regard.training.trainer import StepSampler, parameter_groups
 
@@ -82,6 +82,26 @@ def test_every_task_is_where_it_is_said_to_be():
     assert "scenes" in list_tasks()
     with pytest.raises(ValueError, match="Did you mean 'scenes'"):
         create_task("scene")
+
+
+def test_own_data_takes_the_place_of_the_built_in(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    for label, name in enumerate(("bright", "dark")):
+        (tmp_path / name).mkdir()
+        for index in range(6):
+            pixels = np.full((40, 50, 3), 200 - 150 * label + index, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    with own_data(str(tmp_path)):
+        task = create_task("scenes", kind="local", size=32)
+    assert task.num_classes == 2
+    assert task.sample_shape == (3, 32, 32)
+    assert create_task("scenes").num_classes == 10
+    with own_data(str(tmp_path)), pytest.raises(ValueError, match="takes no data"):
+        create_task("csl")
+    with pytest.raises(ValueError, match="Did you mean 'size'"):
+        create_task("scenes", sise=3)
 
 
 def test_rms_norm_is_the_formula():

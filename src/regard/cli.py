@@ -272,6 +272,7 @@ def models(
 def train(
     slug: Annotated[str, typer.Argument(help="A system.")],
     preset: Annotated[str, typer.Option(help="smoke, small (minutes on two cores) or paper.")] = "small",
+    data: Annotated[str | None, typer.Option(help="Your own folder or file in place of the task's data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, batch order and dropout.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Keeps checkpoints; start again with it to go on.")] = None,
@@ -283,6 +284,7 @@ def train(
     from regard.checks import one_of
     from regard.proofs import get_proofs
     from regard.registry import get_system
+    from regard.tasks import own_data
     from regard.training import train as run
 
     one_of("preset", preset, ("smoke", "small", "paper"))
@@ -291,7 +293,8 @@ def train(
     if proofs is None:
         raise ValueError(f"system {slug!r} has no recipe yet.")
     torch.manual_seed(seed)
-    recipe = proofs.recipe(cast(Any, preset))
+    with own_data(data):
+        recipe = proofs.recipe(cast(Any, preset))
     config = replace(recipe.config, seed=seed, save_every=recipe.config.save_every or 100)
     if steps is not None:
         config = replace(config, steps=steps)

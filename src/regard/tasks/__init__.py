@@ -5,10 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from importlib import import_module
+from inspect import signature
 from typing import Any
 
-from regard.checks import one_of
+from regard.checks import nearest, one_of
 from regard.tasks.base import Task
 
 _MODULES = {
@@ -32,18 +36,44 @@ def list_tasks() -> list[str]:
     return sorted(_MODULES)
 
 
+_OWN: ContextVar[str | None] = ContextVar("own data", default=None)
+_IMAGE_OPTIONS = ("size", "channels", "seed", "label_smoothing")
+
+
+@contextmanager
+def own_data(data: str | None) -> Iterator[None]:
+    """Inside, every task that is created reads the user's `data` (folder or file) in place of its built-in data.
+
+    The built-in image tasks become the task "imagefolder". None changes nothing.
+    """
+    token = _OWN.set(data)
+    try:
+        yield
+    finally:
+        _OWN.reset(token)
+
+
 def create_task(name: str, **options: Any) -> Task:
     """Build the task `name`; `options` are its constructor's (all tasks take `seed`; many take `data=FOLDER_OR_FILE`).
 
     Raises:
-        ValueError: for an unknown name (the nearest is suggested) or an option that the task refuses.
+        ValueError: for an unknown name (the nearest is suggested) or an option that the task does not take.
     """
     one_of("task", name, _MODULES)
+    data = _OWN.get()
+    if data is not None:
+        if name in ("scenes", "digits"):
+            name, options = "imagefolder", {key: options[key] for key in _IMAGE_OPTIONS if key in options}
+        options["data"] = data
     module = import_module(f"regard.tasks.{_MODULES[name]}")
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Task) and value.__dict__.get("name") == name:
+            known = signature(value).parameters
+            for option in options:
+                if option not in known:
+                    raise ValueError(f"the task {name!r} takes no {option}.{nearest(option, known)}")
             return value(**options)
     raise AssertionError(f"regard.tasks.{_MODULES[name]} defines no task named {name!r}")
 
 
-__all__ = ["Task", "create_task", "list_tasks"]
+__all__ = ["Task", "create_task", "list_tasks", "own_data"]
