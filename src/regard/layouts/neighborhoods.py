@@ -1,8 +1,8 @@
 """Which keys a query sees in (generalized, dilated, causal) neighborhood attention, one axis at a time.
 
 The rule of Generalized Neighborhood Attention (arXiv 2504.16922), of which NA (stride 1), DiNA (dilation above 1) and
-blocked attention (stride = kernel size) are cases. On each axis the tokens fall into `dilation` groups by their position
-modulo the dilation; a token's rank is its place inside its group. Everything is said in ranks.
+blocked attention (stride = kernel size) are cases. On each axis the tokens fall into `dilation` groups by their
+position modulo the dilation; a token's rank is its place inside its group. Everything is said in ranks.
 """
 
 from __future__ import annotations

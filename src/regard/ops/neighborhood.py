@@ -37,13 +37,13 @@ def neighborhood_attention(
     $$o_i = \sum_{j \in \rho(i)} \mathrm{softmax}_j(\mathrm{scale} \cdot q_i^\top k_j + b_{j - i})\, v_j$$
 
     where $\rho(i)$ is a product of one window an axis. Along an axis the tokens with equal position modulo the dilation
-    form a group; inside its group a token sees the `kernel_size` tokens around its leader (itself for stride 1, else the
-    middle of its `stride` neighbours), pushed inwards at the borders so that no key is missing. On a causal axis the
-    window ends at the token itself. Stride 1 is neighborhood attention (arXiv 2204.07143), dilation above 1 DiNA
+    form a group; inside its group a token sees the `kernel_size` tokens around its leader (itself for stride 1, else
+    the middle of its `stride` neighbours), pushed inwards at the borders so that no key is missing. On a causal axis
+    the window ends at the token itself. Stride 1 is neighborhood attention (arXiv 2204.07143), dilation above 1 DiNA
     (2209.15001), stride = kernel size blocked attention, the rest Generalized Neighborhood Attention (2504.16922).
 
     Args:
-        q: `(batch, *spatial, heads, head_dim)` with 1, 2 or 3 spatial axes; likewise k and v (their heads may be fewer).
+        q: `(batch, *spatial, heads, head_dim)` with 1, 2 or 3 spatial axes; so k and v (their heads may be fewer).
         kernel_size: window width per axis, odd or even; kernel_size * dilation must fit into the axis.
         stride: queries that share a window, at most kernel_size.
         dilation: gap between the tokens of a window.
@@ -106,24 +106,24 @@ def _torch(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    # Letters: n tiles, p patterns of tiles, T queries a tile, E keys a tile (the box that holds all windows of the tile),
-    # h heads. Each tile is one small dense product; the table of biases is built for each pattern only.
+    # Letters: n tiles, p patterns of tiles, T queries a tile, E keys a tile (the box that holds all windows of the
+    # tile), h heads. Each tile is one small dense product; the table of biases is built for each pattern only.
     spatial, axes = q.shape[1:-2], q.dim() - 3
     side = _tile(axes)
     tiles = [
         axis_tiles(length, width, step, gap, past, min(side, -(-length // gap)))
         for length, width, step, gap, past in zip(spatial, kernel_size, stride, dilation, causal, strict=True)
     ]
-    tiles = [AxisTiles(*(part.to(q.device) for part in tile)) for tile in tiles]
+    tiles = [AxisTiles(*[part.to(q.device) for part in tile]) for tile in tiles]
     repeat = q.shape[-2] // k.shape[-2]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
     q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
     if bias is None:
-        bias = q.new_zeros(1, *(2 * width - 1 for width in kernel_size))
+        bias = q.new_zeros([1, *[2 * width - 1 for width in kernel_size]])
     table = _table(tiles, bias.to(q.dtype))
     # The first axis is cut into chunks of tiles, so that the memory stays bounded whatever the size of the map.
-    inner = math.prod(t.pattern.numel() * t.offset[0].numel() for t in tiles[1:])
+    inner = math.prod([t.pattern.numel() * t.offset[0].numel() for t in tiles[1:]])
     per_tile = q.shape[0] * q.shape[-2] * inner * tiles[0].offset[0].numel()
     chunk = max(1, _CHUNK // max(per_tile, 1))
     outs, lses = [], []
@@ -195,7 +195,7 @@ def _restore(x: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
     for axis in range(axes):
         order += [1 + axis, 2 + axes + axis]
     x = x.permute(*order, 1 + axes, 2 + 2 * axes)
-    x = x.reshape(x.shape[0], *(t.queries.numel() for t in tiles), *x.shape[-2:])
+    x = x.reshape(x.shape[0], *[t.queries.numel() for t in tiles], *x.shape[-2:])
     for axis, tile in enumerate(tiles):
         x = x.index_select(1 + axis, tile.place.to(x.device))
     return x

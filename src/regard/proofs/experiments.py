@@ -36,6 +36,23 @@ def headline(task: Task, runs: Sequence[dict[str, float]]) -> list[float]:
     return [round(run[task.metric], 4) for run in runs]
 
 
+def over_variants(
+    builds: Mapping[str, Callable[[], nn.Module]], task: Task, config: TrainConfig, seeds: Sequence[int]
+) -> tuple[dict[str, float | list[float]], dict[str, float]]:
+    """The same recipe and seeds for models that differ in one thing.
+
+    Returns:
+        Figures for a report (`NAME`, the headline metric of each seed, and `NAME_mean`), and the means by name.
+    """
+    figures: dict[str, float | list[float]] = {}
+    means = {}
+    for name, build in builds.items():
+        values = headline(task, over_seeds(build, task, config, seeds))
+        means[name] = statistics.fmean(values)
+        figures |= {name: values, f"{name}_mean": round(means[name], 4)}
+    return figures, means
+
+
 def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
     """Median wall time of `run()` after one warm-up."""
     run()

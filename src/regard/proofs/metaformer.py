@@ -100,7 +100,8 @@ def layout_before_mixer(preset: Preset) -> Check:
         holds=mean["pooling"] >= mean["identity"] + 0.01 and mean["hybrid"] >= mean["pooling"],
         figures=figures,
         setting=(
-            f"handwritten digits, two stages of 8 x 8 and 4 x 4 tokens, one skeleton (GroupNorm, no positions), {config.steps} steps, seeds "
+            f"handwritten digits, two stages of 8 x 8 and 4 x 4 tokens, one skeleton (GroupNorm, "
+            f"no positions), {config.steps} steps, seeds "
             f"{list(seeds)}, accuracy on 360 digits"
         ),
     )

@@ -133,7 +133,7 @@ class DecoderLM(Model):
         """The position table, and whatever the mixers exempt."""
         names = {"pos_embed"} if self.pos_embed is not None else set()
         for index, block in enumerate(self.blocks):
-            exempt = getattr(block.mixer, "no_weight_decay", set)()
+            exempt: set[str] = getattr(block.mixer, "no_weight_decay", set)()
             names |= {f"blocks.{index}.mixer.{name}" for name in exempt}
         return names
 

@@ -66,7 +66,7 @@ class EncoderDecoder(Model):
             max_length: most symbols of an answer, the end included.
             beam: how many unfinished answers are kept for each input.
             allow: symbols so far `(R, t)` and memory (both repeated for every answer kept) -> `(R, V)`, True for those
-                that may follow. At least one must be allowed for every answer that has not ended.
+                that may follow. Probabilities stay those of the model (they are not shared out again among the allowed).
 
         Returns:
             answers `(B, beam, M)`, the best first, filled up with END, and their log-probabilities `(B, beam)`.
@@ -83,11 +83,12 @@ class EncoderDecoder(Model):
         done = torch.zeros_like(last, dtype=torch.bool)
         for _ in range(max_length):
             logits, state = self.advance(last, memory, state)
+            gain = logits.log_softmax(-1).float()
             if allow is not None:
-                logits = logits.masked_fill(~allow(symbols, memory), -torch.inf)
-            stay = torch.full_like(logits[0], -torch.inf)
+                gain = gain.masked_fill(~allow(symbols, memory), -torch.inf)
+            stay = torch.full_like(gain[0], -torch.inf)
             stay[END] = 0
-            gain = torch.where(done[:, None], stay, logits.log_softmax(-1)).float()
+            gain = torch.where(done[:, None], stay, gain)
             score, picked = (score.view(-1, 1) + gain).view(batch, -1).topk(beam)
             parents = (first_row + picked // logits.shape[-1]).flatten()
             last = (picked % logits.shape[-1]).flatten()

@@ -1,4 +1,4 @@
-"""Swin's pyramid (Liu et al., 2021, arXiv 2103.14030) as a host for other mixers than its own."""
+"""Swin's pyramid (Liu et al., 2021, arXiv 2103.14030) as a host: for its own mixer and for others."""
 
 from __future__ import annotations
 

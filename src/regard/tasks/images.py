@@ -99,8 +99,9 @@ class Digits(Classification):
         _built_in(self.name, data)
         whole("size", size, 8)
         images, labels = handwritten_digits(held_out=False)
-        mean, std = float(images.mean()), float(images.std())
-        self.train_set = LabelledImages(_enlarged(images, size, channels), labels, mean, std)
+        images = _enlarged(images, size, channels)
+        mean, std = images.mean() / 255, images.std() / 255
+        self.train_set = LabelledImages(images, labels, mean, std)
         images, labels = handwritten_digits(held_out=True)
         self.eval_set = LabelledImages(_enlarged(images, size, channels), labels, mean, std)
 

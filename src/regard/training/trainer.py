@@ -163,7 +163,13 @@ def train(
     if folder is not None and (folder / "progress.json").exists():
         _restore(accelerator, folder, config, result)
     sampler = StepSampler(_length(task.train_set), config.batch_size, result.steps, config.steps, config.seed)
-    loader = DataLoader(task.train_set, batch_sampler=sampler, collate_fn=task.collate, num_workers=config.num_workers)
+    loader = DataLoader(
+        task.train_set,
+        batch_sampler=sampler,
+        collate_fn=task.collate,
+        num_workers=config.num_workers,
+        generator=torch.Generator(),  # a loader draws a seed when it starts: from the global state, resuming would show
+    )
     loader = accelerator.prepare(loader)
     prepared.train()
     try:

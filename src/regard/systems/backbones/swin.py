@@ -14,19 +14,9 @@ from torch import Tensor, nn
 
 from regard import checks, ops
 from regard.checkpoint import KeyMap
-from regard.layers import (
-    Block,
-    Mixer,
-    PatchEmbed,
-    PatchMerging,
-    RelativePositionBias,
-    heads_of,
-    linear_rates,
-    resize_table,
-    vit_init,
-)
+from regard.layers import Mixer, RelativePositionBias, heads_of, resize_table
 from regard.registry import System, Variant, register_mixer, register_system
-from regard.skeletons import Hierarchical
+from regard.skeletons import Place, SwinPyramid
 
 
 @register_mixer("window")
@@ -104,7 +94,7 @@ class WindowAttention(Mixer):
         return f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, shift={self.shift}"
 
 
-class SwinTransformer(Hierarchical):
+class SwinTransformer(SwinPyramid):
     """Patches of 4 x 4, four stages of `Block(WindowAttention)`, patch merging between them, LayerNorm, mean, linear.
 
     Args:
@@ -117,19 +107,7 @@ class SwinTransformer(Hierarchical):
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
     """
 
-    authors_keys = KeyMap(
-        rules=[
-            (r"^patch_embed\.", "stem."),
-            (
-                r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table",
-                r"layers.\1.blocks.\2.attn.bias.table",
-            ),
-            (r"^layers\.(\d+)\.blocks\.(\d+)\.attn\.", r"stages.\1.\2.mixer."),
-            (r"^layers\.(\d+)\.blocks\.(\d+)\.", r"stages.\1.\2."),
-            (r"^layers\.(\d+)\.downsample\.", lambda m: f"downs.{int(m[1]) + 1}."),
-        ],
-        drop=[r"relative_position_index$", r"attn_mask$"],
-    )
+    authors_keys = KeyMap(rules=SwinPyramid.host_rules, drop=SwinPyramid.host_drop)
 
     def __init__(
         self,
@@ -144,32 +122,23 @@ class SwinTransformer(Hierarchical):
         num_classes: int = 1000,
         in_chans: int = 3,
     ) -> None:
-        dims = [dim * 2**stage for stage in range(len(depths))]
-        strides = [patch_size * 2**stage for stage in range(len(depths))]
-        windows = [min(window_size, -(-img_size // stride)) for stride in strides]
-        rates = iter(linear_rates(drop_path_rate, sum(depths)))
+        def mixer(at: Place) -> nn.Module:
+            return WindowAttention(
+                at.dim, at.num_heads, window_size=min(window_size, *at.grid), shift=at.index % 2 == 1
+            )
+
         super().__init__(
-            stem=PatchEmbed(in_chans, dim, patch_size),
-            downs=[nn.Identity(), *(PatchMerging(width) for width in dims[:-1])],
-            stages=[
-                [
-                    Block(
-                        width,
-                        WindowAttention(width, heads, window_size=window, shift=index % 2 == 1),
-                        mlp_ratio=mlp_ratio,
-                        drop_path=next(rates),
-                    )
-                    for index in range(depth)
-                ]
-                for width, depth, heads, window in zip(dims, depths, num_heads, windows, strict=True)
-            ],
-            dims=dims,
-            strides=strides,
-            norm=nn.LayerNorm(dims[-1]),
+            mixer=mixer,
+            dim=dim,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratio=mlp_ratio,
+            patch_size=patch_size,
+            img_size=img_size,
+            drop_path_rate=drop_path_rate,
             num_classes=num_classes,
             in_chans=in_chans,
         )
-        self.apply(vit_init)
 
     def no_weight_decay(self) -> set[str]:
         """The position tables."""

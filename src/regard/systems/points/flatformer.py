@@ -173,7 +173,7 @@ class FlatFormer(CellDetector):
         vfe_dims: widths of the point encoder, the last one `dim`.
         stage_dims, stage_depths, stage_strides, neck_dim: of the 2-D backbone and its pyramid.
         head_dim: of the centre head. velocity: have its branch for the velocity.
-        score_threshold, max_boxes: peaks of the heat map that become boxes.
+        iou_power: of the predicted overlap in the score. score_threshold, max_boxes: peaks of the heat map that become boxes.
         voxel_size, point_range: metres; one pillar is as high as the range. post_range: boxes with centres outside are
             dropped.
     """
@@ -206,6 +206,7 @@ class FlatFormer(CellDetector):
         neck_dim: int = 128,
         head_dim: int = 64,
         velocity: bool = True,
+        iou_power: float = 2.0,
         score_threshold: float = 0.1,
         max_boxes: int = 4096,
         voxel_size: Sequence[float] = (0.32, 0.32, 6.0),
@@ -231,6 +232,7 @@ class FlatFormer(CellDetector):
                 dim=head_dim,
                 head_dim=head_dim,
                 velocity=velocity,
+                iou_power=iou_power,
                 score_threshold=score_threshold,
                 max_boxes=max_boxes,
             ),
