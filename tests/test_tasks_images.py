@@ -1,5 +1,6 @@
 """Digits, scenes and image folders: reproducible items, held-out handwriting, answers that can be read off, errors."""
 
+import pickle
 import shutil
 
 import numpy as np
@@ -59,8 +60,18 @@ def test_held_out_handwriting_is_never_trained_on():
     assert len(train_images) + len(eval_images) == 1797
     seen = {image.tobytes() for image in train_images}
     assert not any(image.tobytes() in seen for image in eval_images)
-    counts = np.bincount(eval_classes)
-    assert counts.min() >= 30
+    assert np.bincount(eval_classes).min() >= 30
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_typical_handwriting_is_nearest_to_the_mean(held_out):
+    images, classes = handwritten_digits(held_out)
+    typical, typical_classes = handwritten_digits(held_out, typical=0.25)
+    reference, labels = handwritten_digits(held_out=False)
+    for label in range(10):
+        distance = np.square(images[classes == label] - reference[labels == label].mean(0)).sum((1, 2))
+        nearest = images[classes == label][np.sort(distance.argsort()[: round(0.25 * len(distance))])]
+        assert np.array_equal(typical[typical_classes == label], nearest)
 
 
 def test_digits_are_normalised_and_enlarged():
@@ -136,9 +147,53 @@ def test_scene_shapes(size, channels):
     assert task.train_set[0]["image"].dtype == torch.float32
 
 
+def test_cued_scenes_can_be_answered_by_looking():
+    """The only pure colour is the square; on the ground of that colour stands the digit of the label."""
+    task = create_task("scenes", eval_items=200)
+    digits, classes = handwritten_digits(held_out=False)
+    means = torch.from_numpy(np.stack([digits[classes == label].mean(0) for label in range(10)])).flatten(1)
+    right = 0
+    for scene, label in zip(task.eval_set.images, task.eval_set.labels, strict=True):
+        pure = (scene.amax(0) == 255) & (scene.float().sum(0) == 255)
+        assert pure.sum() == 64
+        rows, columns = pure.nonzero().T
+        asked = scene[:, rows[0], columns[0]].argmax()
+        ground = (scene[asked] >= 110) & (scene[(asked + 1) % 3] == 0) & ~pure
+        quarters = [(r, c) for r in (0, 16) for c in (0, 16)]
+        r, c = max(quarters, key=lambda rc: ground[rc[0] : rc[0] + 16, rc[1] : rc[1] + 16].sum())
+        top, left = (int(x.min()) for x in (scene[asked, r : r + 16, c : c + 16] > 0).nonzero().T)
+        digit = scene[(asked + 1) % 3, r + top : r + top + 14, c + left : c + left + 14]
+        small = nn.functional.interpolate(digit[None, None].float(), size=(8, 8), mode="bilinear", antialias=True)
+        correlations = [np.corrcoef(small.flatten(), mean)[0, 1] for mean in means]
+        right += int(np.argmax(correlations)) == label
+        others = (scene.amax(0) > 0) & ~pure
+        distance = (others.nonzero()[:, None] - pure.nonzero()[None]).abs().amax(-1).min()
+        assert distance > 6
+    assert right > 190
+
+
+def test_half_of_the_cued_training_scenes_show_one_digit():
+    task = create_task("scenes", train_items=400, eval_items=100)
+
+    def quarters_in_use(images):
+        return (images.amax(1).float().view(-1, 2, 16, 2, 16).amax((2, 4)) > 0).sum((1, 2))
+
+    assert 150 < (quarters_in_use(task.train_set.images) == 2).sum() < 250
+    assert (quarters_in_use(task.eval_set.images) == 4).all()
+
+
+def test_scenes_too_many_to_keep_are_the_same(monkeypatch):
+    kept = create_task("scenes", train_items=10)
+    monkeypatch.setattr("regard.tasks.scenes.MAX_KEPT", 0)
+    drawn = create_task("scenes", train_items=10)
+    assert all(torch.equal(kept.train_set[i]["image"], drawn.train_set[i]["image"]) for i in range(10))
+    assert "images" not in vars(drawn.train_set)
+    assert torch.equal(pickle.loads(pickle.dumps(drawn.train_set))[3]["image"], kept.train_set[3]["image"])
+
+
 def test_same_scenes_hold_one_digit_in_each_of_two_opposite_corners():
     task = create_task("scenes", kind="same", train_items=64, channels=1)
-    ink = task.train_set.images[:, 0].int()
+    ink = task.train_set.images[:, 0]
     quarter = torch.stack([ink[:, r : r + 16, c : c + 16].flatten(1).amax(1) > 0 for r in (0, 16) for c in (0, 16)], 1)
     diagonal, other = quarter[:, [0, 3]].all(1), quarter[:, [1, 2]].all(1)
     assert (diagonal ^ other).all()
@@ -221,7 +276,7 @@ def test_corrupt_images_are_named_or_skipped(folder):
         ("scenes", {"data": "x"}, "use the task 'imagefolder'"),
         ("scenes", {"kind": "queued"}, "Did you mean 'cued'"),
         ("scenes", {"size": 40}, "multiple of 16"),
-        ("scenes", {"size": 16}, "from 32 on"),
+        ("scenes", {"size": 16}, "from 32 on, got 16"),
         ("scenes", {"train_items": 0}, "train_items"),
         ("scenes", {"seed": -1}, "seed"),
         ("imagefolder", {}, "needs data=FOLDER"),

@@ -88,7 +88,9 @@ def test_measures_by_hand():
 def test_trivial_repeats_the_last_frame():
     task = create_task("moving_digits", train_items=1, eval_items=5)
     errors = [(task.eval_set[i]["future"] - task.eval_set[i]["past"][-1]).square().sum() / 10 for i in range(5)]
+    before = torch.get_rng_state()
     trivial = task.trivial()
+    assert torch.equal(torch.get_rng_state(), before)
     assert trivial["mse"] == pytest.approx(float(sum(errors) / 5), rel=1e-4)
     assert trivial.keys() == task.metrics().keys()
     assert task.better(1.0, 2.0)

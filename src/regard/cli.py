@@ -85,7 +85,7 @@ def compare(
     task: Annotated[str, typer.Option(help="scenes, digits, imagefolder, text or moving_digits.")] = "scenes",
     data: Annotated[str | None, typer.Option(help="Your own folder of images, text file or folder of videos.")] = None,
     shapes: Annotated[str | None, typer.Option(help="Grids to time each mixer on, like 16x16,32x32.")] = None,
-    budget: Annotated[int, typer.Option(help="Training steps for every mixer and seed.")] = 300,
+    budget: Annotated[int, typer.Option(help="Training steps for every mixer and seed.")] = 400,
     seeds: Annotated[int, typer.Option(help="Trainings of each mixer.")] = 2,
     out: Annotated[
         Path, typer.Option(help="Where results are kept; start again with the same folder to go on.")

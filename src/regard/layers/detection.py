@@ -81,9 +81,7 @@ class SecondBackbone(nn.Module):
         self.blocks = nn.ModuleList()
         for before, dim, depth, stride in zip([in_dim, *dims[:-1]], dims, depths, strides, strict=True):
             convs = [(before, stride)] + [(dim, 1)] * depth
-            self.blocks.append(
-                nn.ModuleList(_conv_norm(width, dim, _norm(dim), step) for width, step in convs)
-            )
+            self.blocks.append(nn.ModuleList(_conv_norm(width, dim, _norm(dim), step) for width, step in convs))
         self.apply(_kaiming)
 
     def forward(self, x: Tensor) -> list[Tensor]:
@@ -169,7 +167,9 @@ class CenterHead(nn.Module):
         outputs = {"reg": 2, "height": 1, "dim": 3, "rot": 2, **({"vel": 2} if velocity else {}), "iou": 1}
         self.branches = nn.ModuleDict(
             {
-                name: nn.Sequential(_conv_norm(dim, head_dim, BatchNorm(head_dim)), Conv2d(head_dim, width, 3, padding=1))
+                name: nn.Sequential(
+                    _conv_norm(dim, head_dim, BatchNorm(head_dim)), Conv2d(head_dim, width, 3, padding=1)
+                )
                 for name, width in {**outputs, "heatmap": num_classes}.items()
             }
         )

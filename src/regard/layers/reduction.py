@@ -30,7 +30,7 @@ class SpatialReductionAttention(Mixer):
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
-        self.reduce = nn.Identity()
+        self.reduce: nn.Module = nn.Identity()
         if reduction > 1:
             self.reduce = nn.Sequential(conv(axes)(dim, dim, reduction, stride=reduction), nn.LayerNorm(dim))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from regard import ops
 from regard.checkpoint import KeyMap
+from regard.layers import BatchNorm
 from regard.layers.points import grid_sine_code
 from regard.layouts.points import equal_groups, flattened_windows, grid_coordinates
 from regard.proofs.base import Check, Preset, Proofs, Recipe
@@ -122,7 +123,7 @@ def _slow(mixer: FlattenedWindowAttention, x: Tensor, place: Tensor) -> Tensor:
 
 def _tiny(task, group_size: int = 48) -> FlatFormer:
     low, high = list(task.point_range[:3]), list(task.point_range[3:])
-    return FlatFormer(
+    model = FlatFormer(
         32,
         4,
         1,
@@ -142,6 +143,10 @@ def _tiny(task, group_size: int = 48) -> FlatFormer:
         in_chans=task.in_channels,
         num_classes=task.num_classes,
     )
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            module.momentum = 0.1  # running statistics that follow a training of hundreds of steps, not of epochs
+    return model
 
 
 def recipe(preset: Preset) -> Recipe:

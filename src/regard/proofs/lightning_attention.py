@@ -255,7 +255,7 @@ def language_modelling(preset: Preset) -> Check:
     vocab: int = task.vocab_size  # type: ignore[attr-defined]
     dim, depth, heads = (16, 1, 2) if preset == "smoke" else (64, 2, 4)
     seeds = (0,) if preset == "smoke" else (0, 1)
-    config = TrainConfig(steps=2 if preset == "smoke" else 250, batch_size=8, lr=3e-3, weight_decay=0.1)
+    config = TrainConfig(steps=2 if preset == "smoke" else 200, batch_size=8, lr=3e-3, weight_decay=0.1)
     budget = count_params(_transformer(vocab, dim, depth, heads))
 
     def ours(**options: Any) -> TransNormerLLM:

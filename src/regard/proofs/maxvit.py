@@ -113,6 +113,7 @@ def recipe(preset: Preset) -> Recipe:
             head_dim=8,
             window_size=4,
             mlp_ratio=2.0,
+            bn_momentum=0.1,
             num_classes=task.num_classes,
             in_chans=1,
         ),
@@ -162,9 +163,9 @@ def linear_cost(preset: Preset) -> Check:
 
 
 class TwoMarkers(Classification):
-    """A marker of one of four colours near each of two opposite corners, over noise: are the two of one colour?"""
+    """Markers of one of four colours near two opposite corners, over noise: which colour has the lower right?"""
 
-    num_classes = 2
+    num_classes = 4
 
     def __init__(self, train_items: int = 4096, eval_items: int = 512, seed: int = 0) -> None:
         super().__init__(32, 3, 0.0)
@@ -180,34 +181,36 @@ class TwoMarkers(Classification):
 
     @property
     def description(self) -> str:
-        return "Two markers of four colours near opposite corners of 32 x 32 pixels of noise: are they of one colour?"
+        return (
+            "Markers of four colours near two opposite corners of 32 x 32 pixels of noise: which has the lower right?"
+        )
 
     def _made(self, stream: int) -> LabelledImages:
         rng, count = np.random.default_rng((self.seed, stream)), self.items[stream]
         colours = np.array([[1, 0.2, 0.2], [0.2, 1, 0.2], [0.2, 0.2, 1], [1, 1, 0.2]])
-        labels, first = rng.integers(0, 2, count), rng.integers(0, 4, count)
-        second = np.where(labels == 1, first, (first + rng.integers(1, 4, count)) % 4)
+        first, labels = rng.integers(0, 4, (2, count))
         images = rng.uniform(0, 0.4, (count, 3, 32, 32))
-        for corner, colour in ((0, first), (26, second)):
+        for corner, colour in ((0, first), (26, labels)):
             for i, (top, left) in enumerate(corner + rng.integers(0, 3, (count, 2))):
                 images[i, :, top : top + 4, left : left + 4] = colours[colour[i]][:, None, None]
         return LabelledImages((255 * images).round().astype(np.uint8), labels.astype(np.int64), mean=0.22, std=0.16)
 
 
 class _CornerMaxViT(MaxViT):
-    """One stage of one block; the answer is read at the first token, so it has to come there."""
+    """One stage of one block; the answer is read at the upper left token, so it has to come there."""
 
     def __init__(self, partitions: tuple[str, str], **options: Any) -> None:
         # Squeeze-and-excitation is left out, because it spreads image-wide means by itself.
         super().__init__(
-            dims=(32,),
+            dims=(16,),
             depths=(1,),
-            stem_dim=16,
-            head_dim=16,
+            stem_dim=8,
+            head_dim=8,
             window_size=4,
             partitions=partitions,
             mlp_ratio=2.0,
             se_ratio=0.0,
+            bn_momentum=0.1,
             **options,
         )
 
@@ -220,19 +223,19 @@ def grid_carries_far_cues(preset: Preset) -> Check:
     """One block at equal parameters, budget and seeds, with the grid and with a second window in its place."""
     smoke = preset == "smoke"
     task = TwoMarkers(64, 64) if smoke else TwoMarkers()
-    config = TrainConfig(steps=2 if smoke else 400, batch_size=32, lr=3e-3)
+    config = TrainConfig(steps=2 if smoke else 500, batch_size=32, lr=4e-3)
     seeds = (0,) if smoke else (0, 1, 2)
     figures: dict[str, float | list[float]] = {}
     for name, partitions in (("window_and_grid", ("window", "grid")), ("two_windows", ("window", "window"))):
-        runs = over_seeds(lambda p=partitions: _CornerMaxViT(p, num_classes=2), task, config, seeds)
+        runs = over_seeds(lambda p=partitions: _CornerMaxViT(p, num_classes=4), task, config, seeds)
         figures[name] = headline(task, runs)
         figures[f"mean_{name}"] = round(sum(figures[name]) / len(seeds), 4)
     return Check(
-        "With grid attention one block answers a question about opposite corners; without it, it cannot",
-        holds=figures["mean_window_and_grid"] >= 0.9 and figures["mean_two_windows"] <= 0.6,
+        "With grid attention one block brings a cue from the opposite corner; without it, it cannot",
+        holds=figures["mean_window_and_grid"] >= 0.9 and figures["mean_two_windows"] <= 0.35,
         figures=figures,
-        setting=f"{task.description} One block on 8 x 8 tokens, size 4, no squeeze-and-excitation, read at one corner, "
-        f"{config.steps} steps, seeds {list(seeds)}, accuracy, chance 0.5",
+        setting=f"{task.description} One block on 8 x 8 tokens, size 4, no squeeze-and-excitation, read at the "
+        f"upper left token, {config.steps} steps, seeds {list(seeds)}, accuracy, chance 0.25",
     )
 
 

@@ -61,7 +61,7 @@ class MixerPyramid(Hierarchical):
         dims: Sequence[int] = (32, 64),
         depths: Sequence[int] = (2, 2),
         num_heads: Sequence[int] = (2, 4),
-        patch_size: int = 2,
+        patch_size: int = 4,
         mlp_ratio: float = 2.0,
         drop_path_rate: float = 0.0,
         num_classes: int = 10,

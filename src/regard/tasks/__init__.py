@@ -68,12 +68,24 @@ def create_task(name: str, **options: Any) -> Task:
     module = import_module(f"regard.tasks.{_MODULES[name]}")
     for value in vars(module).values():
         if isinstance(value, type) and issubclass(value, Task) and value.__dict__.get("name") == name:
-            known = signature(value).parameters
+            known = _options_of(value)
             for option in options:
                 if option not in known:
                     raise ValueError(f"the task {name!r} takes no {option}.{nearest(option, known)}")
             return value(**options)
     raise AssertionError(f"regard.tasks.{_MODULES[name]} defines no task named {name!r}")
+
+
+def _options_of(task: type[Task]) -> set[str]:
+    """Arguments of a task's constructor, and of its parents' as far as options are passed on to them."""
+    known: set[str] = set()
+    for owner in task.__mro__:
+        if "__init__" in vars(owner):
+            parameters = list(signature(vars(owner)["__init__"]).parameters.values())[1:]
+            known |= {item.name for item in parameters if item.kind is not item.VAR_KEYWORD}
+            if all(item.kind is not item.VAR_KEYWORD for item in parameters):
+                break
+    return known
 
 
 __all__ = ["Task", "create_task", "list_tasks", "own_data"]

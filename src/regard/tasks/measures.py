@@ -13,8 +13,12 @@ from regard.tasks.base import Task
 def measure(task: Task, model: nn.Module, batch_size: int = 64) -> dict[str, float]:
     """The task's metrics of `model` (a trivial answer, say) on its evaluation set."""
     metrics = task.metrics()
+    # A loader draws a seed when it starts; a generator of its own keeps the global one as it was.
+    loader = DataLoader(
+        task.eval_set, batch_size=batch_size, collate_fn=task.collate, generator=torch.Generator(device="cpu")
+    )
     with torch.no_grad():
-        for batch in DataLoader(task.eval_set, batch_size=batch_size, collate_fn=task.collate):
+        for batch in loader:
             task.update(metrics, model, batch)
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 

@@ -43,6 +43,8 @@ class SuperResolution(Task):
 
     name = "super_resolution"
     metric = "psnr"
+    train_set: Generated
+    eval_set: Tiles
 
     def __init__(
         self,
@@ -100,10 +102,11 @@ class SuperResolution(Task):
     def _crop(self, rng: np.random.Generator, index: int) -> dict[str, Tensor]:
         low, high = self._train[rng.integers(len(self._train))]
         top, left = (int(rng.integers(side - self.patch + 1)) for side in low.shape[1:])
-        pair = _cut(low, high, top, left, self.patch, self.scale)
+        low, high = _cut(low, high, top, left, self.patch, self.scale)
         mirrored, turns = rng.integers(2), int(rng.integers(4))
-        pair = [x.flip(-1) if mirrored else x for x in pair]
-        return dict(zip(("low", "high"), (x.rot90(turns, (1, 2)).float() / 255 for x in pair), strict=True))
+        if mirrored:
+            low, high = low.flip(-1), high.flip(-1)
+        return {"low": low.rot90(turns, (1, 2)).float() / 255, "high": high.rot90(turns, (1, 2)).float() / 255}
 
 
 class Tiles(Dataset[dict[str, Tensor]]):

@@ -155,8 +155,8 @@ def moving(u: np.ndarray, images: np.ndarray, size: int, length: int) -> np.ndar
         (clips, length, size, size) uint8.
     """
     side = round(size * 28 / 64)
-    tiles = F.interpolate(torch.from_numpy(images)[:, None], size=(side, side), mode="bilinear")[:, 0]
-    tiles = (255 * tiles).round().byte().numpy()
+    larger = F.interpolate(torch.from_numpy(images)[:, None], size=(side, side), mode="bilinear")[:, 0]
+    tiles = (255 * larger).round().byte().numpy()
     frames = np.zeros((len(u), length, size, size), np.uint8)
     clip = np.arange(len(u))[:, None, None]
     for which, row, column, direction in u.transpose(1, 2, 0):

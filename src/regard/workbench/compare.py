@@ -60,7 +60,7 @@ class Settings:
     task: str = "scenes"
     data: str | None = None
     shapes: tuple[tuple[int, ...], ...] = ()
-    budget: int = 300
+    budget: int = 400
     batch_size: int = 32
     lr: float = 2e-3
     seeds: int = 2
@@ -159,7 +159,7 @@ def build_model(settings: Settings, task: Any, mixer: str | Callable[..., nn.Mod
     """The host of the task's kind with this mixer; everything else is equal for all mixers."""
     if settings.axes == 2:
         channels, height, width = task.sample_shape
-        patch = max(2, height // 16)
+        patch = max(4, height // 16)
         return MixerPyramid(
             mixer, input_size=(height, width), patch_size=patch, num_classes=task.num_classes, in_chans=channels
         )

@@ -6,7 +6,7 @@ tokens spread evenly over the whole map. Both attentions have linear cost; toget
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,10 @@ from regard.registry import System, Variant, register_mixer, register_system
 from regard.skeletons import Hierarchical
 
 _gelu = partial(nn.GELU, approximate="tanh")
-_batch_norm = partial(BatchNorm, eps=1e-3, momentum=0.01)
+
+
+def _batch_norm(momentum: float) -> Callable[[int], nn.Module]:
+    return partial(BatchNorm, eps=1e-3, momentum=momentum)
 
 
 @register_mixer("grid")
@@ -67,7 +70,8 @@ class GridAttention(Mixer):
         super().__init__()
         self.head_dim = heads_of(dim, num_heads)
         self.dim, self.num_heads, self.axes = dim, num_heads, axes
-        self.partition: Partition = checks.one_of("partition", partition, ("grid", "window"))  # type: ignore[assignment]
+        checks.one_of("partition", partition, ("grid", "window"))
+        self.partition: Partition = partition
         self.window_size = checks.tuple_of("window_size", window_size, axes)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.bias = RelativePositionBias(self.window_size, num_heads, sign="key-query")
@@ -101,10 +105,10 @@ class GridAttention(Mixer):
 class Stem(nn.Module):
     """Two 3 x 3 convolutions, the first with stride 2, BatchNorm and GELU between them."""
 
-    def __init__(self, in_chans: int, dim: int) -> None:
+    def __init__(self, in_chans: int, dim: int, norm: Callable[[int], nn.Module] = BatchNorm) -> None:
         super().__init__()
         self.conv1 = Conv2d(in_chans, dim, 3, stride=2)
-        self.norm1 = _batch_norm(dim)
+        self.norm1 = norm(dim)
         self.act = _gelu()
         self.conv2 = Conv2d(dim, dim, 3)
 
@@ -128,9 +132,10 @@ class MaxViTBlock(nn.Sequential):
         partitions: Sequence[Partition] = ("window", "grid"),
         mlp_ratio: float = 4.0,
         se_ratio: float = 0.25,
+        norm: Callable[[int], nn.Module] = BatchNorm,
         drop_path: float = 0.0,
     ) -> None:
-        conv = MBConv(dim, out_dim, stride=stride, se_ratio=se_ratio, norm=_batch_norm, act=_gelu, drop_path=drop_path)
+        conv = MBConv(dim, out_dim, stride=stride, se_ratio=se_ratio, norm=norm, act=_gelu, drop_path=drop_path)
         attend = (
             Block(
                 out_dim,
@@ -166,6 +171,8 @@ class MaxViT(Hierarchical):
         dims, depths: channels and blocks of each stage. stem_dim: channels of the stem.
         head_dim: channels a head. window_size: of windows and of grids; the paper takes image size / 32.
         partitions: the attentions of a block. mlp_ratio, se_ratio: see `Block` and `MBConv`.
+        bn_momentum: weight of a batch in the running statistics of BatchNorm; the paper's 0.01 suits long training, 0.1
+            suits some hundred steps.
         drop_path_rate: stochastic depth of the last block's three parts; it rises linearly from 0.
     """
 
@@ -199,10 +206,12 @@ class MaxViT(Hierarchical):
         partitions: Sequence[Partition] = ("window", "grid"),
         mlp_ratio: float = 4.0,
         se_ratio: float = 0.25,
+        bn_momentum: float = 0.01,
         drop_path_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 3,
     ) -> None:
+        norm = _batch_norm(bn_momentum)
         rates = iter(linear_rates(drop_path_rate, sum(depths)))
         for width in dims:
             checks.divisible("dims", width, "head_dim", head_dim)
@@ -217,11 +226,12 @@ class MaxViT(Hierarchical):
                 partitions=partitions,
                 mlp_ratio=mlp_ratio,
                 se_ratio=se_ratio,
+                norm=norm,
                 drop_path=next(rates),
             )
 
         super().__init__(
-            stem=Stem(in_chans, stem_dim),
+            stem=Stem(in_chans, stem_dim, norm),
             downs=[nn.Identity() for _ in dims],
             stages=[
                 [block(index, before, width) for index in range(depth)]
@@ -268,7 +278,7 @@ _COUNTS: dict[str, tuple[tuple[int, float], ...]] = {
 
 def _variant(name: str, size: int, params: int, gmacs: float) -> Variant:
     options = {"dims": (64, 128, 256, 512), "depths": (2, 2, 5, 2), **_SIZES[name], "window_size": size // 32}
-    # The authors find the bias of each pair by products with one-hot matrices and count them; ours is looked up.
+    # The authors find biases by products with one-hot matrices, which profilers count; ours are looked up.
     heads = 2 * sum(depth * width // 32 for depth, width in zip(options["depths"], options["dims"], strict=True))
     tokens, offsets = options["window_size"] ** 2, 2 * options["window_size"] - 1
     lookup = heads * (tokens * offsets**2 + tokens**2 * offsets) / 1e9

@@ -234,7 +234,8 @@ class MetaFormer(Hierarchical):
     def check_image(self, x: Tensor) -> None:
         """The stem needs an image that its first patch fits on."""
         super().check_image(x)
-        smallest = self.stem.kernel_size[0] - 2 * self.stem.padding[0]
+        stride = self.feature_strides[0]
+        smallest = 2 * stride - 1 - 2 * (stride // 2)
         if min(x.shape[2:]) < smallest:
             raise ValueError(f"x must be at least {smallest} pixels high and wide, got {tuple(x.shape)}: enlarge it.")
 
@@ -242,7 +243,7 @@ class MetaFormer(Hierarchical):
         """Interpolate the (square) map of positions of another image size."""
         for name, module in self.named_modules():
             table = state.get(f"{name}.table")
-            if isinstance(module, PositionTable) and table is not None and table.shape[-1] == module.table.shape[-1]:
+            if isinstance(module, PositionTable) and table is not None and table.shape != module.table.shape:
                 side = int(table.shape[1] ** 0.5)
                 resized = resize_map(table.transpose(1, 2).unflatten(2, (side, side)), module.grid)
                 state[f"{name}.table"] = resized.flatten(2).transpose(1, 2)
