@@ -7,7 +7,8 @@ import re
 import pytest
 import torch
 
-from regard import create_mixer, load_authors_weights
+from regard import create_mixer, load_authors_weights, ops
+from regard.layers import CrossShaped
 from regard.systems.backbones._agent_sd import AgentSD, DiffusionBlock, apply_agent_sd, match_tokens
 from regard.systems.backbones.agent_attention import AgentAttention, AgentCSWin, AgentDeiT, AgentSwin
 from regard.systems.backbones.inline_attention import InLineCSWin, InLineDeiT
@@ -145,3 +146,17 @@ def test_merging_nothing_changes_nothing():
     matching = match_tokens(x, 2)
     tokens = x.flatten(1, 2)
     assert torch.equal(matching.unmerge(matching.merge(tokens, 0), 0), tokens)
+
+
+def test_stripes_at_the_end_of_a_map_are_narrower():
+    torch.manual_seed(0)
+    mixer, x = CrossShaped(8, 2, stripe=3).double(), torch.randn(1, 7, 5, 8, dtype=torch.float64)
+    for branch in mixer.branches:
+        torch.nn.init.zeros_(branch.local.weight)
+        torch.nn.init.zeros_(branch.local.bias)
+    q, k, v = (t.unflatten(-1, (2, 4)) for t in mixer.qkv(x).chunk(3, -1))
+    halves = [
+        ops.window_attention(*(t[..., head : head + 1, :] for t in (q, k, v)), window_size=size)
+        for head, size in enumerate(((7, 3), (3, 5)))
+    ]
+    torch.testing.assert_close(mixer(x), mixer.proj(torch.cat(halves, -2).flatten(-2)))

@@ -147,17 +147,27 @@ def _cut(tiles: AxisTiles, part: slice) -> AxisTiles:
     return tiles._replace(queries=tiles.queries[part], keys=tiles.keys[part], pattern=tiles.pattern[part])
 
 
-def _take(x: Tensor, positions: Sequence[Tensor]) -> Tensor:
-    """Gather boxes: `(B, *S, h, d)` with positions `(n, s)` per axis -> `(B, n1, n2, .., h, s1 s2 .., d)`."""
+def _rows(positions: Sequence[Tensor], batch: int, spatial: Sequence[int], heads: int) -> Tensor:
+    """Rows of `(B * S1 * S2 .. * h, d)` that make up boxes with positions `(n, s)` per axis: `(B, n1, .., h, s1, ..)`."""
     axes = len(positions)
-    for axis, position in enumerate(positions):
-        x = x.index_select(1 + axis, position.flatten())
-    shape = [x.shape[0]]
-    for position in positions:
-        shape += position.shape
-    x = x.view(*shape, *x.shape[-2:])
-    outer, inner = range(1, 1 + 2 * axes, 2), range(2, 2 + 2 * axes, 2)
-    return x.permute(0, *outer, 1 + 2 * axes, *inner, 2 + 2 * axes).flatten(2 + axes, 1 + 2 * axes)
+
+    def along(values: Tensor, *places: int) -> Tensor:
+        shape = [1] * (2 + 2 * axes)
+        for place, size in zip(places, values.shape, strict=True):
+            shape[place] = size
+        return values.view(shape)
+
+    device = positions[0].device
+    rows = along(torch.arange(batch, device=device), 0)
+    for axis, (position, length) in enumerate(zip(positions, spatial, strict=True)):
+        rows = rows * length + along(position, 1 + axis, 2 + axes + axis)
+    return rows * heads + along(torch.arange(heads, device=device), 1 + axes)
+
+
+def _take(x: Tensor, rows: Tensor) -> Tensor:
+    """Gather boxes: `(B, *S, h, d)` -> `(B, n1, n2, .., h, s1 s2 .., d)`, in one pass over whole rows."""
+    boxes = x.reshape(-1, x.shape[-1]).index_select(0, rows.flatten()).view(*rows.shape, x.shape[-1])
+    return boxes.flatten(x.dim() - 1, -2)
 
 
 def _table(tiles: Sequence[AxisTiles], bias: Tensor) -> Tensor:
@@ -178,8 +188,10 @@ def _attend(
     tiles: Sequence[AxisTiles], q: Tensor, k: Tensor, v: Tensor, table: Tensor, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Dense attention in every tile: `(B, n1, n2, .., h, T, d)`, and its log-sum-exp `(.., T, 1)` if wanted."""
-    q = _take(q, [t.queries for t in tiles])
-    k, v = (_take(x, [t.keys for t in tiles]) for x in (k, v))
+    batch, *spatial, heads, _ = q.shape
+    q = _take(q, _rows([t.queries for t in tiles], batch, spatial, heads))
+    rows = _rows([t.keys for t in tiles], batch, spatial, heads)
+    k, v = _take(k, rows), _take(v, rows)
     for axis, tile in enumerate(tiles):
         table = table.index_select(axis, tile.pattern)
     logits = (q @ k.transpose(-1, -2)).add_(table)

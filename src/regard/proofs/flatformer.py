@@ -195,7 +195,7 @@ def equal_size_wastes_nothing(preset: Preset) -> Check:
     mixer = seeded(lambda: FlattenedWindowAttention(dim, heads, window_size=window, group_size=size), 0).eval()
     sizes = _by_window(place, window)
     largest = int(sizes.max())
-    buckets = [int(b) for b in (16, 32, 64, window * window)]
+    buckets = [30, 60, 100, window * window]
     in_bucket = [sizes[(sizes > low) & (sizes <= high)] for low, high in zip([0, *buckets], buckets, strict=False)]
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(count, dim, generator=generator)
@@ -221,7 +221,7 @@ def equal_size_wastes_nothing(preset: Preset) -> Check:
         holds=figures["slots_per_pillar_equal_groups"] < 1.02
         and min(figures["time_padded_windows_over_equal_groups"], figures["time_buckets_over_equal_groups"]) >= 2,
         figures=figures,
-        setting=f"one attention, dim {dim}, {heads} heads, windows 13 x 13, groups of 144, buckets of {buckets} as in SST; "
+        setting=f"one attention, dim {dim}, {heads} heads, windows 13 x 13, groups of 144, buckets of {buckets} slots in the manner of SST; "
         "projections included, sorting not; holds if padding is below 2 % and both time ratios are at least 2",
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from regard.checkpoint import KeyMap
+from regard.flops import count_macs
 from regard.proofs.base import Check, Preset, Proofs, Recipe
 from regard.proofs.experiments import growth, headline, median_seconds, over_seeds, reach, seeded
 from regard.proofs.recordings import Recorded
@@ -85,25 +85,118 @@ class _NineKeys(KeyMap):
 
     def rename(self, key: str) -> str | None:
         name, rest = key.split(".", 1)
-        return f"{name}.{PredFormer(*_NINE[name][:1], 1, _NINE[name][1], 8, 2, 4).authors_keys.rename(rest)}"
+        order, factorized = _NINE[name]
+        model = PredFormer(order, 1, factorized, dim=2, num_heads=1, head_dim=1, patch_size=1)
+        return f"{name}.{model.authors_keys.rename(rest)}"
 
 
-def _tiny(order: str, layers: int, factorized: bool = False) -> PredFormer:
-    return PredFormer(order, layers, factorized, dim=48, num_heads=4, head_dim=12, mlp_ratio=2.0, patch_size=4)
+def _tiny(order: str, layers: int, factorized: bool = False, quirks: bool = False) -> PredFormer:
+    model = PredFormer(
+        order,
+        layers,
+        factorized,
+        dim=32,
+        num_heads=4,
+        head_dim=8,
+        mlp_ratio=2.0,
+        patch_size=8,
+        authors_quirks=quirks,
+    )
+    # The authors' deviation of 0.02 suits 256 channels; with 32 the blocks would stay silent for hundreds of steps.
+    for module in model.layers.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+    return model
 
 
 def recipe(preset: Preset) -> Recipe:
-    """A one-layer TSST on moving digits of 32 pixels; "paper" is the Moving MNIST model and its optimiser."""
+    """One TSST layer on a digit moving over 32 x 32 pixels, 5 frames for 5; "paper" is the Moving MNIST model and budget."""
     if preset == "paper":
-        # 10,000 clips in batches of 16 for 2000 epochs.
+        # 2000 epochs of 10,000 clips in batches of 16.
         config = TrainConfig(steps=1_250_000, batch_size=16, lr=1e-3, weight_decay=1e-2)
-        return Recipe(PredFormer(), create_task("moving_digits", size=64, train_items=10_000), config)
-    config = TrainConfig(steps=2 if preset == "smoke" else 500, batch_size=16, lr=2e-3, weight_decay=1e-2)
-    return Recipe(seeded(lambda: _tiny("tsst", 1), 0), _digits(preset), config)
+        task = create_task("moving_digits", size=64, train_items=10_000)
+        return Recipe(seeded(PredFormer, 0), task, config)
+    return Recipe(seeded(lambda: _tiny("tsst", 1), 0), _digits(preset), _config(preset, 800))
 
 
 def _digits(preset: Preset) -> Task:
-    return create_task("moving_digits", size=32, eval_items=16 if preset == "smoke" else 256)
+    few = {"train_items": 32, "eval_items": 16} if preset == "smoke" else {}
+    return create_task("moving_digits", size=32, digits=1, frames_in=5, frames_out=5, **few)
+
+
+def _config(preset: Preset, steps: int) -> TrainConfig:
+    return TrainConfig(steps=2 if preset == "smoke" else steps, batch_size=8, lr=6e-3, weight_decay=1e-2)
+
+
+def order_matters(preset: Preset) -> Check:
+    """Four blocks each, interleaved, factorised or full, under one recipe; and the factorised one as it was released."""
+    task, config = _digits(preset), _config(preset, 500)
+    seeds = (0,) if preset == "smoke" else (0, 1)
+    arms = {
+        "quadruplet_tsst": lambda: _tiny("tsst", 1),
+        "binary_ts": lambda: _tiny("ts", 2),
+        "factorized_st": lambda: _tiny("st", 2, True),
+        "factorized_st_as_released": lambda: _tiny("st", 2, True, True),
+        "full": lambda: _tiny("f", 4, True),
+    }
+    figures: dict[str, float | int | list[float]] = {}
+    for name, build in arms.items():
+        figures[name] = headline(task, over_seeds(build, task, config, seeds))
+        with torch.device("meta"):
+            figures[f"{name}_macs"] = count_macs(build(), torch.empty(1, 5, 1, 32, 32))
+    scores = {name: mean(figures[name]) for name in arms}  # type: ignore[arg-type]
+    figures["last_frame_repeated"] = round(task.trivial()[task.metric], 4)
+    return Check(
+        "Interleaved temporal and spatial attention predicts better than factorised or full attention "
+        "(Moving MNIST: TSST 12.4, binary TS 12.8, full 17.3, FacST 20.6)",
+        holds=max(scores["quadruplet_tsst"], scores["binary_ts"]) < min(scores["factorized_st"], scores["full"]),
+        figures=figures,
+        setting=f"squared error a frame, one digit, 32 x 32, 5 frames for 5, four blocks of 32 channels, {config.steps} steps, "
+        f"seeds {list(seeds)}; holds if the means of both interleaved orders are below those of factorised (tokens "
+        "brought back in order) and full attention",
+    )
+
+
+def cost_in_time(preset: Preset) -> Check:
+    """Multiply-adds and time of four blocks over clips of growing length, frames of 8 x 8 patches."""
+    lengths = [4, 8] if preset == "smoke" else [5, 10, 20, 40]
+    figures: dict[str, float] = {}
+    for name, order in (("interleaved", "tsst"), ("full", "ffff")):
+        layer = predformer_layer(
+            order, 32, depth=1, hidden=64, num_heads=4, head_dim=8, dropout=0.0, drop_path=0.0
+        ).eval()
+        with torch.no_grad():
+            clips = [torch.randn(1, length, 8, 8, 32) for length in lengths]
+            macs = [count_macs(layer, clip) for clip in clips]
+            times = [median_seconds(lambda m=layer, x=clip: m(x), repeats=3) for clip in clips]
+        figures[f"{name}_macs_growth"] = round(growth(lengths, macs), 3)
+        figures[f"{name}_time_growth"] = round(growth(lengths, times), 2)
+    return Check(
+        "The cost of full attention grows with the square of the number of frames, that of interleaved attention linearly",
+        holds=figures["full_macs_growth"] > 1.5 and figures["interleaved_macs_growth"] < 1.25,
+        figures=figures,
+        setting=f"exponent fitted over {lengths} frames of 64 patches, four blocks of 32 channels; verdict on multiply-adds",
+    )
+
+
+def one_pair_sees_everything(preset: Preset) -> Check:
+    """Which of the 4 x 3 x 3 tokens one output token depends on, after one block or a pair."""
+    x = torch.randn(1, 4, 3, 3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    figures: dict[str, int] = {"tokens": 36}
+    for order in ("t", "s", "ts"):
+        layer = seeded(
+            lambda o=order: predformer_layer(
+                o, 16, depth=1, hidden=32, num_heads=2, head_dim=8, dropout=0.0, drop_path=0.0
+            ),
+            0,
+        ).double()
+        figures[f"seen_after_{order}"] = int(reach(layer, x, (1, 0, 2)).sum())
+    return Check(
+        "A temporal and a spatial block together connect every token with every other; one alone does not",
+        holds=figures["seen_after_t"] == 4 and figures["seen_after_s"] == 9 and figures["seen_after_ts"] == 36,
+        figures=figures,
+        setting="Jacobian of token (1, 0, 2) of 4 frames of 3 x 3 patches, float64",
+    )
 
 
 PROOFS = Proofs(
@@ -123,5 +216,5 @@ PROOFS = Proofs(
         ),
     ),
     recipe=recipe,
-    claims=(),
+    claims=(order_matters, cost_in_time, one_pair_sees_everything),
 )

@@ -68,7 +68,8 @@ class DecoderLM(Model):
             fixed code for any length. (Rotary codes act on queries and keys, so they belong into a mixer.)
         length: the longest context of a learned table.
         tied: the head shares the embedding's matrix.
-        embed_scale: factor of the embedding.
+        embed_scale: factor of the embedding; None is 1, or sqrt(dim) beside a sine code, which would drown it otherwise
+            (Vaswani et al., 2017, section 3.4).
         drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
     """
 
@@ -85,7 +86,7 @@ class DecoderLM(Model):
         position: Literal["none", "learned", "sine"] = "none",
         length: int | None = None,
         tied: bool = True,
-        embed_scale: float = 1.0,
+        embed_scale: float | None = None,
         drop_path_rate: float = 0.0,
     ) -> None:
         super().__init__()
@@ -96,7 +97,8 @@ class DecoderLM(Model):
             mixers = [mixers(index) for index in range(depth)]
         elif depth not in (None, len(mixers)):
             raise ValueError(f"depth={depth} contradicts the {len(mixers)} mixers given: leave it out.")
-        self.vocab_size, self.dim, self.embed_scale = vocab_size, dim, embed_scale
+        self.vocab_size, self.dim = vocab_size, dim
+        self.embed_scale = (dim**0.5 if position == "sine" else 1.0) if embed_scale is None else embed_scale
         self.position = checks.one_of("position", position, ("none", "learned", "sine"))
         if position == "learned" and length is None:
             raise ValueError(
@@ -114,7 +116,7 @@ class DecoderLM(Model):
         )
         self.norm = norm(dim)
         self.head = None if tied else nn.Linear(dim, vocab_size, bias=False)
-        nn.init.normal_(self.embed.weight, std=0.02)
+        nn.init.normal_(self.embed.weight, std=dim**-0.5 if position == "sine" else 0.02)
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
         if self.head is not None:

@@ -191,9 +191,7 @@ class Restoration(Model):
                 first = (max(top - overlap, 0), max(left - overlap, 0))
                 out = self(x[..., first[0] : top + tile + overlap, first[1] : left + tile + overlap])
                 begin = [self.scale * (start - edge) for start, edge in zip((top, left), first, strict=True)]
-                sides = [
-                    self.scale * min(tile, end - start) for start, end in ((top, height), (left, width))
-                ]
+                sides = [self.scale * min(tile, end - start) for start, end in ((top, height), (left, width))]
                 row.append(out.narrow(-2, begin[0], sides[0]).narrow(-1, begin[1], sides[1]))
             rows.append(torch.cat(row, -1))
         return torch.cat(rows, -2)

@@ -161,7 +161,7 @@ class OverlappingCrossAttention(Mixer):
         q = q.flatten(0, 1).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = kv.flatten(0, 1).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)
         bias = self.table[self.index].permute(2, 0, 1)[None]
-        out = ops.attention(q, k, v, bias=bias).flatten(-2).unflatten(0, (-1, count))
+        out = ops.attention(q, k, v, bias=bias).flatten(-2).unflatten(0, (x.shape[0], count))
         return self.proj(windows.crop(windows.unpartition(out, self.window_size, padded), spatial))
 
     def _around(self, x: Tensor, padded: Sequence[int]) -> Tensor:

@@ -99,7 +99,9 @@ def check_order(order: str) -> str:
 class GatedTransformer(nn.Sequential):
     """Gated transformer blocks, x + attention(norm x), then x + SwiGLU(norm x), and a LayerNorm after the last (eq. 1, 2)."""
 
-    def __init__(self, dim: int, depth: int, hidden: int, *, dropout: float, drop_path: float, **attention: Any) -> None:
+    def __init__(
+        self, dim: int, depth: int, hidden: int, *, dropout: float, drop_path: float, **attention: Any
+    ) -> None:
         blocks = (
             Block(
                 dim,
