@@ -17,7 +17,7 @@ Branch = Callable[[int, int], nn.Module]
 
 
 class LePEAttention(nn.Module):
-    r"""Dense attention plus a 3 x 3 depthwise convolution of the values (CSWin, Dong et al., 2021, eq. 5).
+    r"""Dense attention plus a 3 x 3 depthwise convolution of the values (CSWin, Dong et al., 2021).
 
     $$\mathrm{out} = \mathrm{softmax}(d^{-1/2} Q K^\top) V + \mathrm{DWConv}(V)$$
 
@@ -39,7 +39,7 @@ class LePEAttention(nn.Module):
 class CrossShaped(Mixer):
     """Heads split into one branch per axis; branch a works in stripes that run along axis a over the whole map.
 
-    Each token thus reaches a cross in one layer (CSWin, arXiv 2107.00652, section 3.1). Branch a takes channels a/A to
+    Each token thus reaches a cross in one layer (CSWin, arXiv 2107.00652). Branch a takes channels a/A to
     (a + 1)/A of q, k and v, with A axes, and as large a share of the heads. A map that is no multiple of the stripe has
     narrower stripes at its end.
 

@@ -11,7 +11,7 @@ from regard.layouts.windows import pad_to_multiple
 
 
 class SpatialReductionAttention(Mixer):
-    r"""Attention of all tokens over patches of R x R tokens (PVT, Wang et al., 2021, arXiv 2102.12122, eq. 1 to 4).
+    r"""Attention of all tokens over patches of R x R tokens (PVT, Wang et al., 2021, arXiv 2102.12122).
 
     $$\mathrm{out} = W_o\,\mathrm{softmax}(d^{-1/2} Q K^\top) V,\quad Q = x W_q,\quad
       K, V = \mathrm{LN}(\mathrm{conv}_{R, \mathrm{stride} R}(x)) W_{kv}$$

@@ -109,9 +109,8 @@ def _torch(
     # Letters: n tiles, p patterns of tiles, T queries a tile, E keys a tile (the box that holds all windows of the
     # tile), h heads. Each tile is one small dense product; the table of biases is built for each pattern only.
     spatial, axes = q.shape[1:-2], q.dim() - 3
-    side = _tile(axes)
     tiles = [
-        axis_tiles(length, width, step, gap, past, min(side, -(-length // gap)))
+        axis_tiles(length, width, step, gap, past, _tile(axes, width, -(-length // gap)))
         for length, width, step, gap, past in zip(spatial, kernel_size, stride, dilation, causal, strict=True)
     ]
     tiles = [AxisTiles(*[part.to(q.device) for part in tile]) for tile in tiles]
@@ -138,9 +137,12 @@ def _torch(
     return out, _restore(lse, tiles).squeeze(-1)  # type: ignore[arg-type]
 
 
-def _tile(axes: int) -> int:
-    """Queries per tile and axis: small tiles waste fewer products, large ones copy fewer keys."""
-    return {1: 32, 2: 8, 3: 4}[axes]
+def _tile(axes: int, width: int, group: int) -> int:
+    """Queries per tile along an axis: small tiles waste fewer products, large ones copy fewer keys."""
+    most = {1: 32, 2: 8, 3: 4}[axes]
+    if group <= most:
+        return group
+    return 4 if axes == 2 and width < 8 else most
 
 
 def _cut(tiles: AxisTiles, part: slice) -> AxisTiles:
@@ -209,7 +211,7 @@ def _restore(x: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
     x = x.permute(*order, 1 + axes, 2 + 2 * axes)
     x = x.reshape(x.shape[0], *[t.queries.numel() for t in tiles], *x.shape[-2:])
     for axis, tile in enumerate(tiles):
-        x = x.index_select(1 + axis, tile.place.to(x.device))
+        x = x.index_select(1 + axis, tile.place)
     return x
 
 

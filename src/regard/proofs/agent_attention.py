@@ -234,7 +234,7 @@ def low_rank_softmax(preset: Preset) -> Check:
         full = int(torch.linalg.matrix_rank(dense[0], rtol=1e-10))
     error = (matrix.sum(-1) - 1).abs().max().item()
     return Check(
-        "Agent attention is attention with weights that sum to 1, of a rank not above the number of agents (eq. 4)",
+        "Agent attention is attention with weights that sum to 1, of a rank not above the number of agents",
         holds=error < 1e-12 and max(ranks) <= agents**2 and matrix.min().item() >= 0,
         figures={
             "largest_row_sum_error": error,

@@ -221,7 +221,8 @@ def equal_size_wastes_nothing(preset: Preset) -> Check:
         holds=figures["slots_per_pillar_equal_groups"] < 1.02
         and min(figures["time_padded_windows_over_equal_groups"], figures["time_buckets_over_equal_groups"]) >= 2,
         figures=figures,
-        setting=f"one attention, dim {dim}, {heads} heads, windows 13 x 13, groups of 144, buckets of {buckets} slots in the manner of SST; "
+        setting=f"one attention, dim {dim}, {heads} heads, windows 13 x 13, groups of 144, "
+        f"buckets of {buckets} slots in the manner of SST; "
         "projections included, sorting not; holds if padding is below 2 % and both time ratios are at least 2",
     )
 

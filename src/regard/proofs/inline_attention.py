@@ -43,7 +43,7 @@ def _pvt(config: dict) -> InLinePVT:
 
 
 def equals_the_matrix() -> Check:
-    """Outputs and gradients of the mixer against the N x N weights of eq. 4 and a loop over the kernel's places."""
+    """Outputs and gradients of the mixer against the N x N weights of the definition and a loop over the kernel's places."""
     generator = torch.Generator().manual_seed(0)
     mixer = seeded(lambda: InLineAttention(12, 3, feature="leaky_relu"), 0).double()
     x = torch.randn(2, 4, 5, 12, dtype=torch.float64, generator=generator, requires_grad=True)
@@ -70,7 +70,7 @@ def equals_the_matrix() -> Check:
         "gradient_error": (ours - theirs).abs().max().item(),
     }
     return Check(
-        "the mixer equals the N x N weights of eq. 4 with the local residual written as a loop",
+        "the mixer equals the N x N weights of the definition with the local residual written as a loop",
         holds=max(errors.values()) < 1e-10,
         figures=errors,
         setting="grid 4 x 5, 3 heads, leaky ReLU features, batch 2, float64, limit 1e-10",
@@ -118,7 +118,7 @@ def injective(preset: Preset) -> Check:
         confused += _distance(divided) < 1e-9
         kept_apart += _distance(subtracted) > 1e-6
     return Check(
-        "Division gives collinear queries the same weights, subtraction keeps them apart; both sum to 1 (prop. 1 and 2)",
+        "Division gives collinear queries the same weights, subtraction keeps them apart; both sum to 1",
         holds=same < 1e-12 and apart > 1e-6 and sums < 1e-12,
         figures={
             "largest_difference_divided": same,
@@ -176,7 +176,7 @@ def ablation(preset: Preset) -> Check:
     builds = {name: lambda mixer=mixer: DeiT(mixer=mixer, num_classes=10, **_TINY) for name, mixer in mixers.items()}
     figures, mean = over_variants(builds, task, config, seeds)
     return Check(
-        "Injectivity improves linear attention, the local residual improves it again, up to softmax attention (table 1, 7)",
+        "Injectivity improves linear attention, the local residual improves it again, up to softmax attention",
         holds=mean["linear"] < mean["injective"] < mean["injective_and_local"]
         and mean["injective_and_local"] >= mean["softmax"] - 0.01,
         figures=figures,

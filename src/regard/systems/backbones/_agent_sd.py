@@ -1,4 +1,4 @@
-"""AgentSD: agent attention for trained diffusion models, without further training (arXiv 2312.08874, section 5.4).
+"""AgentSD: agent attention for trained diffusion models, without further training (arXiv 2312.08874).
 
 Similar tokens are merged before self-attention and copied back after it (token merging, arXiv 2303.17604); a second,
 far stronger merge of the same tokens gives the agents.
@@ -109,7 +109,7 @@ def match_tokens(
 class DiffusionAttention(nn.Module):
     r"""Attention of a latent diffusion block, over itself or a context, on sequences `(B, N, dim)`.
 
-    With agents (AgentSD, eq. 9): $O = \mathrm{softmax}(s^{p} Q A^\top)\,\mathrm{softmax}(s A K^\top) V + k V$.
+    With agents (AgentSD): $O = \mathrm{softmax}(s^{p} Q A^\top)\,\mathrm{softmax}(s A K^\top) V + k V$.
     """
 
     def __init__(self, dim: int, num_heads: int, head_dim: int, context_dim: int | None = None) -> None:

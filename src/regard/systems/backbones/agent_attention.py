@@ -33,7 +33,7 @@ _POOL = {1: F.adaptive_avg_pool1d, 2: F.adaptive_avg_pool2d, 3: F.adaptive_avg_p
 
 
 class AgentBias(nn.Module):
-    """The agent biases B₁ (gather) and B₂ (read) of section 4.2, for any grid.
+    """The paper's agent biases, B₁ for gathering and B₂ for reading, for any grid.
 
     Each is a coarse map of `base` places per axis for every head and agent, interpolated to the grid, plus one line for
     each axis, broadcast over the others, plus an entry of its own for the class token.
@@ -82,7 +82,7 @@ class AgentBias(nn.Module):
 
 
 class AgentCore(nn.Module):
-    r"""Agent attention on given q, k and v (eq. 4 to 6).
+    r"""The paper's agent attention module on given q, k and v.
 
     $$A = \mathrm{pool}(Q),\quad
       O = \mathrm{softmax}(d^{-1/2} Q A^\top + B_2)\;\mathrm{softmax}(d^{-1/2} A K^\top + B_1)\,V + \mathrm{DWConv}(V)$$

@@ -33,7 +33,7 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def injective_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    r"""Linear attention normalised by subtraction (eq. 4 and 5), for features q and k that may be negative.
+    r"""Linear attention normalised by subtraction (eq. 5), for features q and k that may be negative.
 
     $$o_i = \sum_j w_{ij} v_j,\quad w_{ij} = \frac{s}{N}\,q_i^\top (k_j - \bar k) + \frac1N,\quad s = d^{-1/2}$$
 
@@ -56,7 +56,7 @@ def injective_linear_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 class LocalResidual(nn.Module):
-    """A depthwise convolution with 3 kernels a side, made for each sample from a summary of it (section 4.2).
+    """A depthwise convolution with 3 kernels a side, made for each sample from a summary of it.
 
     The kernels come from two linear layers that keep to the heads: summary -> GELU -> 3^axes weights for each channel.
     """
@@ -80,7 +80,7 @@ class LocalResidual(nn.Module):
 
 
 class InLineCore(nn.Module):
-    r"""InLine attention on given q, k, v: $O = \mathrm{InL}(\phi(Q), \phi(K), V) + \mathrm{DWConv}_{r(x)}(V)$ (eq. 7).
+    r"""InLine attention on given q, k, v: $O = \mathrm{InL}(\phi(Q), \phi(K), V) + \mathrm{DWConv}_{r(x)}(V)$.
 
     Arguments as in `InLineAttention`; `lepe` adds a convolution with learned kernels, which the CSWin host has besides.
     """
