@@ -163,7 +163,11 @@ def verify(
     exact_failed = False
     for slug in wanted:
         evidence = run(
-            slug, proofs=chosen, preset=preset, folder=out, note=lambda text: notes.print(text, highlight=False)
+            slug,
+            proofs=chosen,
+            preset=cast(Any, preset),
+            folder=out,
+            note=lambda text: notes.print(text, highlight=False),
         )
         everything.append(evidence)
         exact_failed |= any(not evidence["proofs"][name]["holds"] for name in chosen if name in ("exact", "whole"))

@@ -98,7 +98,8 @@ def rotated_nms(boxes: Tensor, scores: Tensor, threshold: float, *, most_in: int
     rivals: dict[int, list[int]] = {}
     for one, other in zip(first[above].tolist(), second[above].tolist(), strict=True):
         rivals.setdefault(one, []).append(other)
-    dropped, kept = set(), []
+    dropped: set[int] = set()
+    kept: list[int] = []
     for row in range(len(best)):
         if row not in dropped and len(kept) < most_out:
             kept.append(row)

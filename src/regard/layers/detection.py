@@ -88,14 +88,14 @@ class SecondBackbone(nn.Module):
         """`(B, H, W, in_dim)` -> the map after each stage."""
         maps = []
         for block in self.blocks:
-            for conv in block:
+            for conv in iter(block):  # type: ignore[call-overload]
                 after = conv(x)
                 x = after + x if self.residual and after.shape == x.shape else after
             maps.append(x)
         return maps
 
 
-class _Up(_ChannelsLast, nn.ConvTranspose2d):
+class _Up(_ChannelsLast, nn.ConvTranspose2d):  # type: ignore[misc]
     """nn.ConvTranspose2d on `(B, H, W, C)`."""
 
 
@@ -216,8 +216,8 @@ class CenterHead(nn.Module):
             row = ((some[:, 1] - self.low[1]) / self.cell[1]).floor().long()
             on_map = (column >= 0) & (column < width) & (row >= 0) & (row < height) & (some[:, 3:5] > 0).all(1)
             for one in on_map.nonzero().squeeze(1).tolist():
-                size = [float(some[one, 3 + axis]) / self.cell[axis] for axis in (0, 1)]
-                radius = max(self.min_radius, int(gaussian_radius(*size, self.min_overlap)))
+                long, wide = (float(some[one, 3 + axis]) / self.cell[axis] for axis in (0, 1))
+                radius = max(self.min_radius, int(gaussian_radius(long, wide, self.min_overlap)))
                 y, x = int(row[one]), int(column[one])
                 _draw(heat[sample, :, :, int(names[one])], y, x, radius)
                 places.append((sample, y, x))

@@ -60,11 +60,11 @@ def _axis_tiles(
     length: int, kernel: int, stride: int, dilation: int, causal: bool, tile: int
 ) -> tuple[np.ndarray, ...]:
     groups = []
-    for group in range(dilation):
-        size = (length - group + dilation - 1) // dilation
-        start, end = axis_windows(size, kernel, stride, bool(causal))
-        rank = np.arange(-(-size // tile) * tile).clip(max=size - 1).reshape(-1, tile)
-        groups.append((rank, start[rank], end[rank], np.full(len(rank), group), np.full(len(rank), size)))
+    for remainder in range(dilation):
+        count = (length - remainder + dilation - 1) // dilation
+        start, end = axis_windows(count, kernel, stride, bool(causal))
+        rank = np.arange(-(-count // tile) * tile).clip(max=count - 1).reshape(-1, tile)
+        groups.append((rank, start[rank], end[rank], np.full(len(rank), remainder), np.full(len(rank), count)))
     rank, start, end, group, size = (np.concatenate(parts) for parts in zip(*groups, strict=True))
     first = start.min(1)
     extent = (end.max(1) - first).max()

@@ -117,7 +117,7 @@ def _torch(
     repeat = q.shape[-2] // k.shape[-2]
     if repeat > 1:
         k, v = k.repeat_interleave(repeat, -2), v.repeat_interleave(repeat, -2)
-    q = q * (q.shape[-1] ** -0.5 if scale is None else scale)
+    q, k, v = q * (q.shape[-1] ** -0.5 if scale is None else scale), k.contiguous(), v.contiguous()
     if bias is None:
         bias = q.new_zeros([1, *[2 * width - 1 for width in kernel_size]])
     table = _table(tiles, bias.to(q.dtype))

@@ -57,9 +57,11 @@ def window_attention(
     """Dense attention under the mask "same window, and not brought together by wrapping around"."""
     spatial = q.shape[1:-2]
     tokens = list(itertools.product(*(range(size) for size in spatial)))
-    home, slot = [], []
+    home: list[tuple[object, ...]] = []
+    slot: list[int] = []
     for token in tokens:
-        windows, places = [], []
+        windows: list[object] = []
+        places: list[int] = []
         for position, length, size, step in zip(token, spatial, window_size, shift, strict=True):
             padded = -(-length // size) * size
             if partition == "grid":

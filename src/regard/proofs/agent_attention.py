@@ -200,7 +200,8 @@ _TINY = {"dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0, "patch_size": 
 
 
 def _config(preset: Preset) -> TrainConfig:
-    # The learning rate at which softmax attention, the baseline of the claims, does best among 3e-3, 6e-3 and 1e-2.
+    # Chosen for softmax attention, the baseline of the claims: best of 3e-3, 6e-3 and 1e-2 in trials with one seed.
+    # The training is short (about 7 epochs): the claims compare how well mixers learn in that time.
     return TrainConfig(steps=2 if preset == "smoke" else 300, batch_size=32, lr=1e-2)
 
 
@@ -289,7 +290,9 @@ def quality(preset: Preset) -> Check:
         holds=mean["agent"] >= mean["softmax"] - 0.01 and mean["agent"] > mean["linear_relu"],
         figures=figures,
         setting=f"DeiT of 2 blocks, dim 48, 36 tokens, 9 agents, handwritten digits, {config.steps} steps, seeds "
-        f"{list(seeds)}, accuracy; holds: mean of agent >= softmax - 0.01 and > linear (ReLU features)",
+        f"{list(seeds)}, accuracy; holds: mean of agent >= softmax - 0.01 and > linear (ReLU features). The order depends "
+        "on the learning rate: in a trial at 3e-3 (one seed, two heads) linear attention led with 0.889, agent had 0.764, "
+        "softmax 0.625",
     )
 
 

@@ -231,9 +231,9 @@ def more_pixels_take_part(preset: Preset) -> Check:
             mean(figures[f"hat_{when}"]) > mean(figures[f"plain_windows_{when}"]) for when in ("untrained", "trained")
         ),
         figures=figures,
-        setting="diffusion index of the central pixel, "
-        f"{len(images)} crops of 64 x 64, seeds {list(seeds)}; trained for {_config(preset, 300).steps} steps; "
-        "holds if the mean is larger both untrained and trained",
+        setting=f"diffusion index of the central pixel, {len(images)} crops of 64 x 64, seeds {list(seeds)}; trained: "
+        f"{_config(preset, 300).steps} steps from repeated pixels; share_reached: percent of input pixels with any influence, "
+        "untrained; holds if the mean index is larger both untrained and trained",
     )
 
 
@@ -251,7 +251,7 @@ def restores_better(preset: Preset) -> Check:
         holds=gain > 0,
         figures=figures,
         setting=f"PSNR in dB on x2 photographs, one group of three blocks, 24 channels, {_config(preset, 300).steps} steps of "
-        f"8 crops of 16 x 16, seeds {list(range(len(runs['hat'])))}; holds if the mean gain is above 0",
+        f"8 crops of 16 x 16 from repeated pixels, seeds {list(range(len(runs['hat'])))}; holds if the mean gain is above 0",
     )
 
 

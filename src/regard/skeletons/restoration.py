@@ -228,15 +228,16 @@ class Restoration(Model):
                     _set_row(last, channel * self.scale**2 + place, {channel: 1.0})
                 continue
             # Both signs go through the leaky ReLU (slope a): leaky(x) - leaky(-x) = (1 + a) x.
-            convolution, leaky = tail.before  # type: ignore[misc]
+            convolution, leaky = list(tail.before.children())
             for sign, row in ((1.0, 2 * channel), (-1.0, 2 * channel + 1)):
                 _set_row(convolution, row, {channel: sign})
-                for up in tail.up:
+                for up in tail.up.children():
                     if isinstance(up, Conv2d):
                         places = up.out_channels // up.in_channels
                         for place in range(places):
                             _set_row(up, row * places + place, {row: 1.0})
-            share = 1 / (1 + leaky.negative_slope)
+            slope: float = leaky.negative_slope  # type: ignore[assignment]
+            share = 1 / (1 + slope)
             _set_row(last, channel, {2 * channel: share, 2 * channel + 1: -share})
 
     def _enter(self, x: Tensor) -> Tensor:

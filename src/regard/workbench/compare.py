@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +211,7 @@ def _reads(settings: Settings, task: Task, model: nn.Module) -> dict[str, Any] |
     (gradient,) = torch.autograd.grad(logits[0, winner], image)
     tokens = model.stem(image.movedim(1, -1)).detach()
     tokens = (tokens + model.position.detach()).requires_grad_()
-    stage = model.stages[0](tokens)
+    stage = cast(nn.ModuleList, model.stages)[0](tokens)
     middle = stage[0, stage.shape[1] // 2, stage.shape[2] // 2]
     (reach,) = torch.autograd.grad(middle.square().sum(), tokens)
     return {
@@ -352,7 +352,7 @@ def _source_stamp(name: str) -> str:
     import inspect
 
     try:
-        return hashlib.sha256(inspect.getsource(found).encode()).hexdigest()[:12]
+        return hashlib.sha256(inspect.getsource(cast(type, found)).encode()).hexdigest()[:12]
     except (OSError, TypeError):
         return ""
 

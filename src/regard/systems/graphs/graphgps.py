@@ -72,9 +72,9 @@ class NodeAttention(nn.Module):
             return self.proj(ops.grouped_attention(q, k, v, offsets).flatten(-2))
         out = torch.zeros_like(q)
         for bucket in buckets(offsets, offsets):
-            batch = [part[bucket.rows].transpose(1, 2) for part in (q, k, v)]
+            qs, ks, vs = (part[bucket.rows].transpose(1, 2) for part in (q, k, v))
             mask = bucket.key_exists[:, None, None]
-            mixed = F.scaled_dot_product_attention(*batch, mask, dropout_p=self.drop).transpose(1, 2)
+            mixed = F.scaled_dot_product_attention(qs, ks, vs, mask, dropout_p=self.drop).transpose(1, 2)
             out = out.index_put((bucket.rows[bucket.row_exists],), mixed[bucket.row_exists])
         return self.proj(out.flatten(-2))
 

@@ -174,6 +174,7 @@ class FlatFormer(CellDetector):
         stage_dims, stage_depths, stage_strides, neck_dim: of the 2-D backbone and its pyramid.
         head_dim: of the centre head. velocity: have its branch for the velocity.
         iou_power: of the predicted overlap in the score. score_threshold, max_boxes: peaks of the heat map that become boxes.
+        nms_thresholds: overlap above which the lesser of two boxes goes, for each class. box_weight: of the L1 loss.
         voxel_size, point_range: metres; one pillar is as high as the range. post_range: boxes with centres outside are
             dropped.
     """
@@ -209,6 +210,8 @@ class FlatFormer(CellDetector):
         iou_power: float = 2.0,
         score_threshold: float = 0.1,
         max_boxes: int = 4096,
+        nms_thresholds: Sequence[float] = (0.8, 0.55, 0.55),
+        box_weight: float = 2.0,
         voxel_size: Sequence[float] = (0.32, 0.32, 6.0),
         point_range: Sequence[float] = (-74.88, -74.88, -2.0, 74.88, 74.88, 4.0),
         post_range: Sequence[float] = (-80.0, -80.0, -10.0, 80.0, 80.0, 10.0),
@@ -235,6 +238,8 @@ class FlatFormer(CellDetector):
                 iou_power=iou_power,
                 score_threshold=score_threshold,
                 max_boxes=max_boxes,
+                nms_thresholds=nms_thresholds,
+                box_weight=box_weight,
             ),
             voxel_size=voxel_size,
             point_range=point_range,
