@@ -73,8 +73,10 @@ def _axis_tiles(
     key = first[:, None] + np.arange(extent)
     seen = (key[:, None] >= start[:, :, None]) & (key[:, None] < end[:, :, None])
     offset = np.where(seen, key[:, None] - rank[:, :, None] + kernel - 1, 2 * kernel - 1)
-    offset, pattern = np.unique(offset, axis=0, return_inverse=True)
+    looks: dict[bytes, int] = {}
+    pattern = np.array([looks.setdefault(of_tile.tobytes(), len(looks)) for of_tile in offset])
+    _, examples = np.unique(pattern, return_index=True)
     queries = rank * dilation + group[:, None]
     keys = np.minimum(key, size[:, None] - 1) * dilation + group[:, None]
     _, place = np.unique(queries, return_index=True)
-    return queries, keys, place, pattern.reshape(-1), offset
+    return queries, keys, place, pattern, offset[examples]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regard import ops
 from regard.checkpoint import KeyMap
@@ -121,28 +121,31 @@ def _slow(mixer: FlattenedWindowAttention, x: Tensor, place: Tensor) -> Tensor:
     return mixer.proj(result)
 
 
-def _tiny(task, group_size: int = 48) -> FlatFormer:
+def _tiny(task) -> FlatFormer:
     low, high = list(task.point_range[:3]), list(task.point_range[3:])
     model = FlatFormer(
         32,
         4,
         1,
         window_size=9,
-        group_size=group_size,
+        group_size=48,
         vfe_dims=(16, 32),
         stage_dims=(16, 24),
         stage_depths=(1, 1),
         neck_dim=16,
         head_dim=16,
         velocity=False,
+        box_weight=0.5,
         iou_power=0.5,  # overlaps are small after so short a training: the square would hide every box
         score_threshold=0.01,
         max_boxes=150,
-        voxel_size=(1.0, 1.0, high[2] - low[2]),
+        voxel_size=(0.5, 0.5, high[2] - low[2]),
         point_range=(*low, *high),
         in_chans=task.in_channels,
         num_classes=task.num_classes,
     )
+    for branch in model.head.branches.values():
+        nn.init.normal_(branch[1].weight, std=0.01)  # boxes start near zero offsets, not metres away
     for module in model.modules():
         if isinstance(module, BatchNorm):
             module.momentum = 0.1  # running statistics that follow a training of hundreds of steps, not of epochs
@@ -151,9 +154,8 @@ def _tiny(task, group_size: int = 48) -> FlatFormer:
 
 def recipe(preset: Preset) -> Recipe:
     """A small detector on simulated lidar scenes; "paper" has the Waymo model's widths and pillars."""
-    task = create_task("detection", eval_items=20 if preset == "smoke" else 60)
-    steps = {"smoke": 2, "small": 150, "paper": 20_000}[preset]
     if preset == "paper":
+        task = create_task("detection")
         low, high = task.point_range[:3], task.point_range[3:]
         pillar = (0.32, 0.32, high[2] - low[2])
         build = lambda: FlatFormer(  # noqa: E731
@@ -163,8 +165,11 @@ def recipe(preset: Preset) -> Recipe:
             num_classes=task.num_classes,
             velocity=False,
         )
-        return Recipe(seeded(build, 0), task, TrainConfig(steps=steps, batch_size=4, lr=1e-3, weight_decay=0.05))
-    config = TrainConfig(steps=steps, batch_size=4, lr=4e-3, weight_decay=0.01, clip_norm=10.0)
+        return Recipe(seeded(build, 0), task, TrainConfig(steps=20_000, batch_size=4, lr=1e-3, weight_decay=0.05))
+    near = {"extent": 10, "beams": 20, "azimuths": 200, "objects": 6, "clutter": 3}
+    task = create_task("detection", eval_items=20 if preset == "smoke" else 60, **near)
+    steps = 2 if preset == "smoke" else 1000
+    config = TrainConfig(steps=steps, batch_size=8, lr=6e-3, weight_decay=0.01, clip_norm=10.0)
     return Recipe(seeded(lambda: _tiny(task), 0), task, config)
 
 

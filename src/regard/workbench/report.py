@@ -18,7 +18,7 @@ def _score(row: dict[str, Any]) -> str:
     values = sorted(row["scores"])
     if len(values) == 1:
         return f"{values[0]:.3g}"
-    return f"{row['score']['median']:.3g} ({values[0]:.3g} to {values[-1]:.3g})"
+    return f"{row['score']['median']:.3g} ({values[0]:.3g}-{values[-1]:.3g})"
 
 
 def _seconds(timed: dict[str, float] | None) -> str:
@@ -87,14 +87,16 @@ def table(results: dict[str, Any]) -> Table:
     )
     metric = task["metric"].replace("_", " ")
     for column in ("mixer", metric, "params", "model ms", f"ms at {shape}", f"MiB at {shape}", "time", "memory"):
-        shown.add_column(column, justify="left" if column == "mixer" else "right", no_wrap=column == "mixer")
+        shown.add_column(
+            column, justify="left" if column == "mixer" else "right", no_wrap=column in ("mixer", metric, "params")
+        )
     for row in _ranked(results):
         largest = _largest(row)
         timed, whole = largest.get("seconds"), row["model"].get("seconds")
         shown.add_row(
             label(row["mixer"]) + (" *" if row["errors"] else ""),
             _score(row),
-            f"{row['params']:,}" if row["params"] else "-",
+            f"{row['params'] / 1e3:.0f} k" if row["params"] else "-",
             f"{1e3 * whole['median']:.3g}" if whole else "-",
             f"{1e3 * timed['median']:.3g}" if timed else "-",
             _mib(largest.get("peak_bytes")),
