@@ -8,9 +8,9 @@ import re
 import pytest
 import torch
 
+from regard.measure import fit_growth, interleaved_seconds, peak_bytes
 from regard.workbench import compare as module
 from regard.workbench.compare import Settings, compare, default_settings, find_mixer
-from regard.workbench.measure import fit_growth, interleaved_seconds, peak_bytes
 from regard.workbench.report import findings, problems, table, write_report
 
 OWN = """

@@ -80,7 +80,7 @@ def test_neighborhood_special_cases():
 
 def test_neighborhood_never_holds_all_pairs():
     """At 64 x 64 tokens the N x N matrix alone would be 64 MiB a head; the blocked path stays far below."""
-    from regard.workbench.measure import peak_bytes
+    from regard.measure import peak_bytes
 
     q, k, v = qkv(1, (64, 64), 1, 16)
     assert peak_bytes(lambda: ops.neighborhood_attention(q, k, v, kernel_size=7)) < 4096 * 4096 * 4 / 2

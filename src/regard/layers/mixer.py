@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,18 +58,9 @@ class Mixer(nn.Module):
 
     def cost(self, spatial: tuple[int, ...]) -> Cost:
         """Parameters, multiply-adds and state for one sample of `spatial` size."""
-        twin = _on_meta(self)
+        twin = copy.deepcopy(self).to("meta")
         macs = count_macs(twin, torch.empty(1, *spatial, self.dim, device="meta"))
-        length = 1
-        for size in spatial:
-            length *= size
-        return Cost(count_params(self), macs, self.state_size(length) if self.can_stream else None)
-
-
-def _on_meta(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module).to("meta")
+        return Cost(count_params(self), macs, self.state_size(math.prod(spatial)) if self.can_stream else None)
 
 
 def heads_of(dim: int, num_heads: int) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from regard import ops
 from regard.layers import Block, LinearAttention, SoftmaxAttention
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import cost_growth, over_variants, seeded
+from regard.proofs.experiments import cost_growth, over_variants
 from regard.proofs.recordings import Recorded
 from regard.skeletons import DeiT
 from regard.systems.backbones._agent_sd import AgentSD, DiffusionBlock, match_tokens
@@ -21,7 +21,7 @@ from regard.systems.backbones.agent_attention import (
     cross_shaped_agents,
 )
 from regard.tasks import create_task
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 
 def _attention(config: dict) -> AgentAttention:

@@ -15,14 +15,15 @@ from torchmetrics import Metric
 from regard import ops
 from regard.flops import count_macs, count_params
 from regard.layers import SoftmaxAttention
+from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, headline, median_seconds, over_seeds, seeded
+from regard.proofs.experiments import headline, over_seeds
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.dinat import BiasedSelfAttention, DiNAT, IsotropicDiNAT, NeighborhoodAttention
 from regard.tasks import create_task
 from regard.tasks.base import EVAL, TRAIN, unwrapped
 from regard.tasks.images import Classification, LabelledImages
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 
 def _model(config: dict) -> DiNAT:

@@ -1,33 +1,24 @@
-"""What claims share: equal budgets over seeds, fitted growth, Jacobians."""
+"""What claims share: equal budgets over seeds, growth of cost, Jacobians."""
 
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from regard.layers import Mixer
+from regard.measure import growth, median_seconds
 from regard.tasks.base import Task
-from regard.training import TrainConfig, train
-
-
-def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    """A model built with its own seed, without touching the global generator."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
+from regard.training import TrainConfig, seeded, train
 
 
 def over_seeds(
     build: Callable[[], nn.Module], task: Task, config: TrainConfig, seeds: Sequence[int]
 ) -> list[dict[str, float]]:
     """Final metrics of the same recipe for each seed (of weights, order and dropout)."""
-    from dataclasses import replace
-
     return [train(seeded(build, seed), task, replace(config, seed=seed), cpu=True).metrics for seed in seeds]
 
 
@@ -51,22 +42,6 @@ def over_variants(
         means[name] = statistics.fmean(values)
         figures |= {name: values, f"{name}_mean": round(means[name], 4)}
     return figures, means
-
-
-def median_seconds(run: Callable[[], object], repeats: int = 5) -> float:
-    """Median wall time of `run()` after one warm-up."""
-    run()
-    times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
-
-
-def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """Exponent p of values ~ sizes^p: the slope of a straight line through the logarithms."""
-    return float(np.polyfit(np.log(np.asarray(sizes, float)), np.log(np.asarray(values, float)), 1)[0])
 
 
 def cost_growth(

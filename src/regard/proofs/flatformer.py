@@ -12,12 +12,12 @@ from regard.checkpoint import KeyMap
 from regard.layers import BatchNorm
 from regard.layers.points import grid_sine_code
 from regard.layouts.points import equal_groups, flattened_windows, grid_coordinates
+from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, median_seconds, seeded
 from regard.proofs.recordings import Recorded
 from regard.systems.points.flatformer import FlatFormer, FlatFormerEncoder, FlattenedWindowAttention
 from regard.tasks import create_task
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 
 def _block(config: dict) -> FlatFormerEncoder:

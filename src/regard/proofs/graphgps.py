@@ -9,13 +9,14 @@ from regard.checkpoint import KeyMap
 from regard.layers.graphs import GraphIndex
 from regard.layouts.graphs import random_walk_landing
 from regard.layouts.ragged import offsets_from_ids
+from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, headline, median_seconds, over_seeds, seeded
+from regard.proofs.experiments import headline, over_seeds
 from regard.proofs.recordings import Recorded, Recording
 from regard.systems.graphs.graphgps import GPS, GPSLayer
 from regard.tasks import create_task
 from regard.tasks.graphs import GraphTask
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 _LOCALS = {"CustomGatedGCN": "gated_gcn", "GINE": "gine"}
 

@@ -15,7 +15,6 @@ from torch.utils.data import Subset
 from regard import ops
 from regard.checkpoint import KeyMap
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import seeded
 from regard.proofs.recordings import Recorded, Recording
 from regard.systems.restoration.hat import (
     BLOCK_KEYS,
@@ -28,7 +27,7 @@ from regard.systems.restoration.hat import (
 )
 from regard.tasks import create_task
 from regard.tasks.base import Task
-from regard.training import TrainConfig, train
+from regard.training import TrainConfig, seeded, train
 
 
 def _group(config: dict) -> HybridGroup:

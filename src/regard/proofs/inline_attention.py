@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regard.layers import LinearAttention, SoftmaxAttention
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import cost_growth, over_variants, seeded
+from regard.proofs.experiments import cost_growth, over_variants
 from regard.proofs.recordings import Recorded
 from regard.skeletons import DeiT
 from regard.systems.backbones.inline_attention import (
@@ -19,7 +19,7 @@ from regard.systems.backbones.inline_attention import (
     injective_linear_attention,
 )
 from regard.tasks import create_task
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 
 def _run_deit(module: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from regard import ops
 from regard.checkpoint import KeyMap
 from regard.flops import count_params
+from regard.measure import growth
 from regard.ops import LinearState
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, headline, over_seeds, seeded
+from regard.proofs.experiments import headline, over_seeds
 from regard.proofs.recordings import Outputs, Recorded
 from regard.skeletons import DecoderLM, host_lm
 from regard.systems.sequence.lightning_attention import LightningAttention, TransNormerLLM, decay_rates
 from regard.tasks import create_task
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 KEYS = TransNormerLLM.authors_keys
 CONTEXT = 128

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from regard.layers import Block, SoftmaxAttention
+from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, headline, median_seconds, over_seeds, reach, seeded
+from regard.proofs.experiments import headline, over_seeds, reach
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.maxvit import GridAttention, MaxViT
 from regard.tasks import create_task
 from regard.tasks.base import EVAL, TRAIN
 from regard.tasks.images import Classification, LabelledImages
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 
 def _pair(dim: int, num_heads: int, window_size: int) -> nn.Sequential:

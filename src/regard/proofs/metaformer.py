@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from regard.layers import Block, GlobalNorm, SoftmaxAttention
+from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, headline, median_seconds, over_seeds, seeded
+from regard.proofs.experiments import headline, over_seeds
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.metaformer import MetaFormer, Pooling, SpatialFc
 from regard.tasks import create_task
 from regard.tasks.images import Classification
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 
 def _block(config: dict) -> Block:

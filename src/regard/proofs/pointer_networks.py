@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import seeded
 from regard.proofs.recordings import Outputs, Recorded, Recording
 from regard.skeletons.encoder_decoder import START
 from regard.systems.sequence.pointer_networks import (
@@ -23,7 +22,7 @@ from regard.systems.sequence.pointer_networks import (
 )
 from regard.tasks import create_task
 from regard.tasks.pointing import held_karp, tour_length
-from regard.training import TrainConfig, evaluate, train
+from regard.training import TrainConfig, evaluate, seeded, train
 
 FEWEST, MOST, LARGER = 5, 12, 20
 """Points of the hulls trained on, and of larger ones that are only asked for."""

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 
 from regard.checkpoint import KeyMap
 from regard.flops import count_macs
+from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, headline, median_seconds, over_seeds, reach, seeded
+from regard.proofs.experiments import headline, over_seeds, reach
 from regard.proofs.recordings import Recorded
 from regard.systems.video.predformer import PredFormer, layer_keys, predformer_layer
 from regard.tasks import create_task
 from regard.tasks.base import Task
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 
 # The authors' names of the nine models: order, and whether all blocks of one kind come first.
 _NINE: dict[str, tuple[str, bool]] = {

@@ -11,12 +11,13 @@ from torch.utils.data import Dataset
 
 from regard.checkpoint import KeyMap
 from regard.layers import Block
+from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import growth, median_seconds, reach, seeded
+from regard.proofs.experiments import reach
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.swin import SwinTransformer, WindowAttention
 from regard.tasks import create_task
-from regard.training import TrainConfig
+from regard.training import TrainConfig, seeded
 from regard.training.trainer import StepSampler
 
 

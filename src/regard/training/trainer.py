@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from accelerate import Accelerator
@@ -19,10 +19,6 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from regard.checks import one_of, positive
 from regard.tasks.base import Task
-
-
-class Sized(Protocol):
-    def __len__(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -70,6 +66,13 @@ class TrainResult:
     seconds: float = 0.0
     steps: int = 0
     finished: bool = False
+
+
+def seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A model built with its own seed, without touching the global generator."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
 
 
 class StepSampler(Sampler[list[int]]):

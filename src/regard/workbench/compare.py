@@ -6,8 +6,11 @@ one size, a look at what one mixer reads. A mixer that fails somewhere says why 
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
+import inspect
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -20,12 +23,12 @@ from torch import Tensor, nn
 
 from regard import checks
 from regard.flops import count_macs, count_params
+from regard.measure import fit_growth, interleaved_seconds, peak_bytes, spread
 from regard.registry import mixer_class
-from regard.skeletons.host import MixerPyramid, MixerVideo, build_in_stack
+from regard.skeletons.host import MixerClass, MixerPyramid, MixerVideo, build_in_stack
 from regard.tasks import Task, create_task
-from regard.training import TrainConfig, train
+from regard.training import TrainConfig, seeded, train
 from regard.workbench import machine
-from regard.workbench.measure import fit_growth, interleaved_seconds, peak_bytes, spread
 from regard.workbench.store import Store, write_json
 
 DEFAULT_MIXERS = {
@@ -42,6 +45,9 @@ TASKS = {"scenes": 2, "digits": 2, "imagefolder": 2, "text": 1, "moving_digits":
 """Tasks that can be compared on, and how many spatial axes their mixers see."""
 
 _COST_DIM, _COST_HEADS = 64, 4
+
+Mixers = dict[str, "MixerClass | str"]
+"""Mixers by the name that the user gave: a registered name, or a class."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Silent:
         pass
 
 
-def find_mixer(name: str) -> str | Callable[..., nn.Module]:
+def find_mixer(name: str) -> MixerClass | str:
     """A registered mixer's name as it is, or the class behind `module:Class` or `path/to/file.py:Class`.
 
     Raises:
@@ -155,7 +161,7 @@ def build_task(settings: Settings) -> Task:
     return create_task(settings.task, **options)
 
 
-def build_model(settings: Settings, task: Any, mixer: str | Callable[..., nn.Module]) -> nn.Module:
+def build_model(settings: Settings, task: Any, mixer: MixerClass | str) -> nn.Module:
     """The host of the task's kind with this mixer; everything else is equal for all mixers."""
     if settings.axes == 2:
         channels, height, width = task.sample_shape
@@ -171,20 +177,16 @@ def build_model(settings: Settings, task: Any, mixer: str | Callable[..., nn.Mod
     return MixerVideo(mixer, frames=sample.shape[0], size=sample.shape[-1], channels=sample.shape[1])
 
 
-def _seeded(build: Callable[[], nn.Module], seed: int) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return build()
-
-
 def _why(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else 'no message'}"
 
 
-def _train_one(settings: Settings, task: Task, name: str, seed: int, progress: Progress) -> dict[str, Any]:
+def _train_one(
+    settings: Settings, task: Task, name: str, mixer: MixerClass | str, seed: int, progress: Progress
+) -> dict[str, Any]:
     progress.start(f"train {name}, seed {seed}", settings.budget)
-    model = _seeded(lambda: build_model(settings, task, find_mixer(name)), seed)
+    model = seeded(lambda: build_model(settings, task, mixer), seed)
     config = TrainConfig(steps=settings.budget, batch_size=settings.batch_size, lr=settings.lr, seed=seed)
     result = train(model, task, config, on_step=lambda step, loss: progress.step(step, f"loss {loss:.3f}"))
     progress.finish(f"{task.metric} {result.metrics[task.metric]:.4g}")
@@ -227,58 +229,61 @@ def _rounded(x: Tensor) -> list[Any]:
     return [_rounded(row) for row in x] if x.dim() > 1 else [float(f"{value:.4g}") for value in x.tolist()]
 
 
-def _time_shape(settings: Settings, shape: tuple[int, ...], progress: Progress) -> dict[str, Any]:
-    """Forward latency and peak memory of each mixer alone on one grid, dim 64, batch 1."""
-    progress.start(f"time all mixers at {'x'.join(map(str, shape))}", len(settings.mixers))
+def _timed(
+    what: str, mixers: Mixers, build: Callable[[MixerClass | str], nn.Module], x: Tensor, progress: Progress
+) -> dict[str, Any]:
+    """Forward latency, peak memory and multiply-adds of what `build` makes of each mixer, timed in turns on `x`."""
+    progress.start(what, len(mixers))
     rows: dict[str, Any] = {}
     runs: dict[str, Callable[[], Any]] = {}
-    x = torch.randn(1, *shape, _COST_DIM, generator=torch.Generator().manual_seed(0))
-    causal = {"causal": True} if settings.axes == 1 else {}
-    for index, name in enumerate(settings.mixers):
+    for index, (name, mixer) in enumerate(mixers.items()):
         try:
-            mixer = build_in_stack(find_mixer(name), 0, shape, _COST_DIM, _COST_HEADS, **causal).eval()
-            run = torch.no_grad()(lambda m=mixer: m(x))
-            if run().shape != x.shape:
-                raise ValueError(f"forward gives shape {tuple(run().shape)}, expected {tuple(x.shape)}")
-            rows[name] = {"peak_bytes": peak_bytes(run), "macs": _macs(mixer, x)}
+            module = build(mixer).eval()
+            run = torch.no_grad()(partial(module, x))
+            run()
+            rows[name] = {"peak_bytes": peak_bytes(run), "macs": _macs(module, x)}
             runs[name] = run
-        except Exception as error:  # a mixer that cannot run this size must not end the comparison
+        except Exception as error:  # a mixer that cannot run this must not end the comparison
             rows[name] = {"error": _why(error)}
         progress.step(index + 1, name)
-    for name, times in interleaved_seconds(runs).items():
+    for name, times in interleaved_seconds(runs, rounds=11).items():
         rows[name]["seconds"] = spread(times)
     progress.finish()
     return {"rows": rows}
 
 
-def _macs(mixer: nn.Module, x: Tensor) -> int | None:
+def _macs(module: nn.Module, x: Tensor) -> int | None:
     try:
-        return count_macs(mixer, x)
+        return count_macs(module, x)
     except Exception:  # the count is an extra: a user's module may do what the counter cannot follow
         return None
 
 
-def _time_models(settings: Settings, task: Task, progress: Progress) -> dict[str, Any]:
-    """Forward latency of the whole models on one sample of the task."""
-    progress.start("time whole models", len(settings.mixers))
-    rows: dict[str, Any] = {}
-    runs: dict[str, Callable[[], Any]] = {}
+def _time_shape(settings: Settings, mixers: Mixers, shape: tuple[int, ...], progress: Progress) -> dict[str, Any]:
+    """Each mixer alone on one grid, dim 64, batch 1."""
+    x = torch.randn(1, *shape, _COST_DIM, generator=torch.Generator().manual_seed(0))
+    causal = {"causal": True} if settings.axes == 1 else {}
+
+    def build(mixer: MixerClass | str) -> nn.Module:
+        module = build_in_stack(mixer, 0, shape, _COST_DIM, _COST_HEADS, **causal)
+        with torch.no_grad():
+            given = tuple(module(x).shape)
+        if given != tuple(x.shape):
+            raise ValueError(f"forward gives shape {given}, expected {tuple(x.shape)}")
+        return module
+
+    return _timed(f"time all mixers at {'x'.join(map(str, shape))}", mixers, build, x, progress)
+
+
+def _time_models(settings: Settings, mixers: Mixers, task: Task, progress: Progress) -> dict[str, Any]:
+    """The whole models on one sample of the task."""
     sample = task.eval_set[0]
-    x = sample["image"][None] if settings.axes == 2 else sample["past"][None] if settings.axes == 3 else None
-    if x is None:
-        x = sample["tokens"][None, :-1]
-    for index, name in enumerate(settings.mixers):
-        try:
-            model = _seeded(partial(build_model, settings, task, find_mixer(name)), 0).eval()
-            runs[name] = torch.no_grad()(lambda m=model: m(x))
-            rows[name] = {"macs": _macs(model, x)}
-        except Exception as error:
-            rows[name] = {"error": _why(error)}
-        progress.step(index + 1, name)
-    for name, times in interleaved_seconds(runs, rounds=15).items():
-        rows[name]["seconds"] = spread(times)
-    progress.finish()
-    return {"rows": rows}
+    x = {1: lambda: sample["tokens"][:-1], 2: lambda: sample["image"], 3: lambda: sample["past"]}[settings.axes]()
+
+    def build(mixer: MixerClass | str) -> nn.Module:
+        return seeded(lambda: build_model(settings, task, mixer), 0)
+
+    return _timed("time whole models", mixers, build, x[None], progress)
 
 
 def compare(settings: Settings, out: Path, progress: Progress | None = None) -> dict[str, Any]:
@@ -292,8 +297,8 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
             are reported in their rows instead.
     """
     progress = progress or Silent()
-    for name in settings.mixers:
-        find_mixer(name)
+    mixers = {name: find_mixer(name) for name in settings.mixers}
+    stamps = {name: _source_stamp(mixer) for name, mixer in mixers.items()}
     store, task = Store(out), build_task(settings)
     about = asdict(settings) | {"machine": machine.facts()}
     rows: dict[str, dict[str, Any]] = {name: {"mixer": name, "runs": [], "sizes": []} for name in settings.mixers}
@@ -307,19 +312,19 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
 
     base = {key: about[key] for key in ("task", "data", "budget", "batch_size", "lr", "options")}
     for seed in range(settings.seeds):
-        for name in settings.mixers:
-            asked = base | {"mixer": name, "seed": seed, "source": _source_stamp(name)}
+        for name, mixer in mixers.items():
+            asked = base | {"mixer": name, "seed": seed, "source": stamps[name]}
             try:
-                run = piece("train", asked, partial(_train_one, settings, task, name, seed, progress))
+                run = piece("train", asked, partial(_train_one, settings, task, name, mixer, seed, progress))
                 rows[name]["runs"].append({"seed": seed} | run)
             except Exception as error:
                 rows[name]["runs"].append({"seed": seed, "error": _why(error)})
                 progress.finish("failed")
-    names = {"mixers": list(settings.mixers), "sources": [_source_stamp(name) for name in settings.mixers]}
-    models = piece("models", base | names, partial(_time_models, settings, task, progress))
+    names = {"mixers": list(mixers), "sources": list(stamps.values())}
+    models = piece("models", base | names, partial(_time_models, settings, mixers, task, progress))
     for shape in settings.shapes:
         asked = names | {"shape": shape, "axes": settings.axes, "threads": torch.get_num_threads()}
-        timed = piece("shape", asked, partial(_time_shape, settings, shape, progress))
+        timed = piece("shape", asked, partial(_time_shape, settings, mixers, shape, progress))
         for name in settings.mixers:
             rows[name]["sizes"].append({"shape": list(shape)} | timed["rows"][name])
     for name, row in rows.items():
@@ -343,16 +348,12 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
     return results
 
 
-def _source_stamp(name: str) -> str:
-    """Changes when a user's own mixer file changes, so that its results are made anew."""
-    if ":" not in name:
+def _source_stamp(mixer: MixerClass | str) -> str:
+    """Changes when the file of a user's own mixer changes, so that its results are made anew."""
+    if isinstance(mixer, str):
         return ""
-    found = find_mixer(name)
-    import hashlib
-    import inspect
-
     try:
-        return hashlib.sha256(inspect.getsource(cast(type, found)).encode()).hexdigest()[:12]
+        return hashlib.sha256(Path(inspect.getfile(cast(type, mixer))).read_bytes()).hexdigest()[:12]
     except (OSError, TypeError):
         return ""
 
@@ -360,7 +361,7 @@ def _source_stamp(name: str) -> str:
 def _summary(row: dict[str, Any], task: Task) -> dict[str, Any]:
     scores = [run["metrics"][task.metric] for run in row["runs"] if "metrics" in run]
     good = [size for size in row["sizes"] if "seconds" in size]
-    tokens = [_tokens(size["shape"]) for size in good]
+    tokens = [math.prod(size["shape"]) for size in good]
     return {
         "scores": scores,
         "score": spread(scores) if scores else None,
@@ -369,10 +370,3 @@ def _summary(row: dict[str, Any], task: Task) -> dict[str, Any]:
         "memory_growth": fit_growth(tokens, [size["peak_bytes"] for size in good]),
         "errors": sorted({part["error"] for part in [*row["runs"], *row["sizes"], row["model"]] if "error" in part}),
     }
-
-
-def _tokens(shape: Sequence[int]) -> int:
-    tokens = 1
-    for side in shape:
-        tokens *= side
-    return tokens

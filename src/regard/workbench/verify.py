@@ -14,13 +14,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
 from regard import checks
 from regard.flops import count_macs, count_params
-from regard.proofs import Check, check_recorded, get_proofs
+from regard.proofs import Check, Recipe, check_recorded, get_proofs
 from regard.proofs.base import Preset
 from regard.registry import Variant, get_system, list_systems, system_area
 from regard.training import train
@@ -79,17 +80,14 @@ def run_proof(slug: str, proof: str, preset: Preset, note: Callable[[str], None]
         for variant in system.variants:
             add(check_variant(variant))
     elif proof == "trains":
-        add(_trains(slug, preset, note))
+        add(_trains(slug, proofs.recipe(preset), preset, note))
     else:
         for claim in proofs.claims:
             add(claim(preset))
     return results
 
 
-def _trains(slug: str, preset: Preset, note: Callable[[str], None]) -> Check:
-    proofs = get_proofs(slug)
-    assert proofs is not None
-    recipe = proofs.recipe(preset)
+def _trains(slug: str, recipe: Recipe, preset: Preset, note: Callable[[str], None]) -> Check:
     task, config = recipe.task, recipe.config
     every = max(1, config.steps // 10)
 
@@ -103,11 +101,11 @@ def _trains(slug: str, preset: Preset, note: Callable[[str], None]) -> Check:
         f"trains on {task.name}: {task.metric} better than {task.trivial_answer}",
         holds=task.better(ours, trivial),
         figures={
-            **{f"{name}": round(value, 5) for name, value in result.metrics.items()},
+            **{name: round(value, 5) for name, value in result.metrics.items()},
             f"trivial_{task.metric}": round(trivial, 5),
             "steps": result.steps,
-            "first_loss": round(sum(result.losses[:5]) / len(result.losses[:5]), 4),
-            "last_loss": round(sum(result.losses[-5:]) / len(result.losses[-5:]), 4),
+            "first_loss": round(fmean(result.losses[:5]), 4),
+            "last_loss": round(fmean(result.losses[-5:]), 4),
             "params": count_params(recipe.model),
         },
         setting=f"{task.description} batch {config.batch_size}, lr {config.lr}, seed {config.seed}, "

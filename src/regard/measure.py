@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
@@ -33,6 +34,11 @@ def interleaved_seconds(
             run()
             times[name].append(time.perf_counter() - begin)
     return times
+
+
+def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall time of `run()` after one warm-up."""
+    return statistics.median(interleaved_seconds({"": run}, rounds=repeats, seconds=math.inf)[""])
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -69,9 +75,18 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     return peak
 
 
+def _line(sizes: Sequence[float], values: Sequence[float]) -> Any:
+    return stats.linregress(np.log(np.asarray(sizes, float)), np.log(np.asarray(values, float)))
+
+
+def growth(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """Exponent p of values ~ sizes^p: the slope of a straight line through the logarithms."""
+    return float(_line(sizes, values).slope)
+
+
 def fit_growth(sizes: Sequence[float], values: Sequence[float]) -> dict[str, float] | None:
-    """Exponent p of values ~ sizes^p with its standard error, by least squares on the logarithms; None below 3 points."""
+    """The exponent of `growth` with its standard error, and the line's offset; None below 3 points or at a value of 0."""
     if len(sizes) < 3 or min(values) <= 0:
         return None
-    line = stats.linregress(np.log(np.asarray(sizes, float)), np.log(np.asarray(values, float)))
+    line = _line(sizes, values)
     return {"exponent": float(line.slope), "error": float(line.stderr), "offset": float(line.intercept)}
