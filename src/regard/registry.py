@@ -43,6 +43,27 @@ class Variant:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+CODE = "parameters and multiply-adds of the authors' code in the released configuration"
+README_FLOPS = "parameters of the authors' code in the released configuration; FLOPs of its README, one decimal"
+
+
+def image_variant(
+    name: str,
+    build: Callable[..., nn.Module],
+    params: int,
+    gmacs: float | None,
+    drop: float = 0.0,
+    side: int = 224,
+    *,
+    source: str = CODE,
+    **options: Any,
+) -> Variant:
+    """A classifier of square images of `side` pixels, with stochastic depth `drop`; `options` are those of `build`."""
+    options |= {"drop_path_rate": drop} if drop else {}
+    options |= {"img_size": side} if side != 224 else {}
+    return Variant(name, build, params, gmacs, ((1, 3, side, side),), source, options)
+
+
 @dataclass(frozen=True)
 class System:
     """The card of a published system."""

@@ -20,6 +20,7 @@ from regard.layers.position import (
     resize_table,
     sincos,
 )
+from regard.layers.projected import ProjectedCore
 from regard.layers.reduction import SpatialReductionAttention
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "PatchMerging",
     "PixelShuffle",
     "PositionTable",
+    "ProjectedCore",
     "RelativePositionBias",
     "SimpleRMSNorm",
     "SoftmaxAttention",

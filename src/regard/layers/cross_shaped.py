@@ -68,11 +68,6 @@ class CrossShaped(Mixer):
         self.branches = nn.ModuleList(make(dim // branches, num_heads // branches) for _ in range(branches))
         self.proj = nn.Linear(dim, dim)
 
-    @classmethod
-    def in_stack(cls, index: int, input_size: tuple[int, ...], dim: int, num_heads: int, **options: object) -> Mixer:
-        """For grids with as many axes as `input_size`."""
-        return cls(dim, num_heads, axes=len(input_size), **options)  # type: ignore[arg-type]
-
     def stripes(self, spatial: Sequence[int]) -> list[tuple[int, ...]]:
         """Size of the stripes of each branch on a map of this size."""
         if self.stripe is None:
@@ -85,8 +80,6 @@ class CrossShaped(Mixer):
     def forward(self, x: Tensor, **extra: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape. `extra` goes to the branch as it is, if there is one for the whole map."""
         spatial = self.check(x)
-        if len(spatial) != self.axes:
-            raise ValueError(f"this mixer was built with axes={self.axes}, got a grid of shape {tuple(x.shape)}.")
         q, k, v = self.qkv(x).chunk(3, -1)
         if self.stripe is None:
             return self.proj(self.branches[0](q, k, v, **extra))

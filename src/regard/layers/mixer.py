@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -39,6 +40,8 @@ class Mixer(nn.Module):
     """If causal, has `step(x_t, state) -> (y_t, state)`; feeding tokens one by one equals `forward`."""
 
     dim: int
+    axes: int | None = None
+    """Number of spatial axes that this instance is tied to by its parameters; None if it takes all of `dims`."""
 
     @classmethod
     def in_stack(cls, index: int, input_size: tuple[int, ...], dim: int, num_heads: int, **options: Any) -> Mixer:
@@ -46,11 +49,22 @@ class Mixer(nn.Module):
 
         Overridden where blocks alternate (shifted windows, dilations) or where parameters depend on the grid.
         """
+        if "axes" in inspect.signature(cls).parameters:
+            options["axes"] = len(input_size)
         return cls(dim, num_heads=num_heads, **options)  # type: ignore[call-arg]
 
     def check(self, x: Tensor) -> tuple[int, ...]:
-        """Check the input at the door and return its spatial sizes."""
-        return checks.grid("x", x, self.dims, self.dim)
+        """Check the input at the door and return its spatial sizes.
+
+        Raises:
+            ValueError: for a shape or dtype that does not fit.
+        """
+        spatial = checks.grid("x", x, self.dims, self.dim)
+        if self.axes not in (None, len(spatial)):
+            raise ValueError(
+                f"this mixer was built with axes={self.axes}, got x with {len(spatial)} spatial axes: {tuple(x.shape)}."
+            )
+        return spatial
 
     def state_size(self, length: int) -> int | None:
         """Numbers that a stream of `length` tokens has to keep for one sample; None if it cannot stream."""

@@ -26,7 +26,8 @@ class SpatialReductionAttention(Mixer):
         super().__init__()
         checks.positive("reduction", reduction)
         self.head_dim = heads_of(dim, num_heads)
-        self.dim, self.num_heads, self.reduction, self.axes = dim, num_heads, reduction, axes
+        self.dim, self.num_heads, self.reduction = dim, num_heads, reduction
+        self.axes = axes if reduction > 1 else None
         self.q = nn.Linear(dim, dim, bias=qkv_bias)
         self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
@@ -34,16 +35,9 @@ class SpatialReductionAttention(Mixer):
         if reduction > 1:
             self.reduce = nn.Sequential(conv(axes)(dim, dim, reduction, stride=reduction), nn.LayerNorm(dim))
 
-    @classmethod
-    def in_stack(cls, index: int, input_size: tuple[int, ...], dim: int, num_heads: int, **options: object) -> Mixer:
-        """For grids with as many axes as `input_size`."""
-        return cls(dim, num_heads, axes=len(input_size), **options)  # type: ignore[arg-type]
-
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
         spatial = self.check(x)
-        if self.reduction > 1 and len(spatial) != self.axes:
-            raise ValueError(f"this mixer was built with axes={self.axes}, got a grid of shape {tuple(x.shape)}.")
         coarse = self.reduce(pad_to_multiple(x, (self.reduction,) * len(spatial)))
         q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         k, v = self.kv(coarse).unflatten(-1, (2, self.num_heads, self.head_dim)).unbind(-3)

@@ -19,13 +19,14 @@ from regard.checkpoint import KeyMap
 from regard.layers import (
     CrossShaped,
     Mixer,
+    ProjectedCore,
     SoftmaxAttention,
     SpatialReductionAttention,
     depthwise,
     heads_of,
     resize_map,
 )
-from regard.registry import System, Variant, register_mixer, register_system
+from regard.registry import README_FLOPS, System, image_variant, register_mixer, register_system
 from regard.skeletons import PVT, CSWinPyramid, DeiT, Place, SwinPyramid
 from regard.systems.backbones.swin import WindowAttention
 
@@ -156,7 +157,7 @@ _KEYS = KeyMap(rules=(_CORE, _LOCAL), convert=_bias_tables)
 
 
 @register_mixer("agent")
-class AgentAttention(Mixer):
+class AgentAttention(ProjectedCore):
     """Agent attention with its projections, for 1, 2 or 3 spatial axes: out = W_o `AgentCore`(x W_q, x W_k, x W_v).
 
     Args:
@@ -185,12 +186,10 @@ class AgentAttention(Mixer):
         qkv_bias: bool = True,
         joint_qkv: bool = True,
     ) -> None:
-        super().__init__()
         axes = axes if input_size is None else len(input_size)
         checks.one_of("axes", str(axes), ("1", "2", "3"))
         agents = checks.tuple_of("agent_size", _side(axes) if agent_size is None else agent_size, axes)
-        self.dim, self.num_heads, self.axes, self.class_token = dim, num_heads, axes, class_token
-        self.core = AgentCore(
+        core = AgentCore(
             dim,
             num_heads,
             agent_size=agents,
@@ -199,12 +198,9 @@ class AgentAttention(Mixer):
             bias=bias,
             local=local,
         )
-        if joint_qkv:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        else:
-            self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.joint_qkv = joint_qkv
-        self.proj = nn.Linear(dim, dim)
+        super().__init__(
+            dim, num_heads, core, axes=axes, class_token=class_token, qkv_bias=qkv_bias, joint_qkv=joint_qkv
+        )
 
     @classmethod
     def in_stack(cls, index: int, input_size: tuple[int, ...], dim: int, num_heads: int, **options: Any) -> Mixer:
@@ -213,23 +209,6 @@ class AgentAttention(Mixer):
         agents = checks.tuple_of("agent_size", _side(len(input_size)) if size is None else size, len(input_size))
         agents = tuple(min(side, -(-length // 2)) for side, length in zip(agents, input_size, strict=True))
         return cls(dim, num_heads, agent_size=agents, **{"input_size": input_size, **options})
-
-    def forward(self, x: Tensor, class_token: Tensor | None = None) -> Any:
-        """`(B, *S, dim)` -> the same shape; built for a class token, also `(B, 1, dim)` -> a pair of such."""
-        if len(self.check(x)) != self.axes:
-            raise ValueError(f"this mixer was built with axes={self.axes}, got a grid of shape {tuple(x.shape)}.")
-        if (class_token is not None) != self.class_token:
-            raise ValueError(f"this mixer was built with class_token={self.class_token}: call it accordingly.")
-        if class_token is None:
-            return self.proj(self.core(*self._project(x)))
-        grid, first = self.core(*self._project(x), first=self._project(class_token))
-        return self.proj(grid), self.proj(first)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(x).chunk(3, -1) if self.joint_qkv else (self.q(x), *self.kv(x).chunk(2, -1))
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_heads={self.num_heads}, class_token={self.class_token}"
 
 
 def _side(axes: int) -> int:
@@ -363,29 +342,12 @@ def cross_shaped_agents(
     return CrossShaped(dim, num_heads, stripe=stripe, branch=branch)
 
 
-_CODE = "parameters and multiply-adds of the authors' code in the released configuration"
-_TABLE = "parameters of the authors' code in the released configuration; FLOPs of its README, one decimal"
 _DEIT_S = {"dim": 384, "num_heads": 6}
 _DEIT_B = {"dim": 768, "num_heads": 12, "agent_size": 9, "agent_blocks": 4}
 _SWIN_S = {"depths": (2, 2, 18, 2), "agent_blocks": (2, 2, 0, 0)}
 _SWIN_B = {"dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "agent_blocks": (2, 2, 2, 0)}
 _CSWIN_S = {"depths": (3, 6, 29, 2), "agent_blocks": (3, 6, 0, 0)}
 _CSWIN_B = {**_CSWIN_S, "dim": 96, "num_heads": (4, 8, 16, 32)}
-
-
-def _variant(
-    name: str,
-    build: Any,
-    params: int,
-    gmacs: float,
-    drop: float = 0.0,
-    side: int = 224,
-    source: str = _CODE,
-    **options: Any,
-) -> Variant:
-    options |= {"drop_path_rate": drop} if drop else {}
-    options |= {"img_size": side} if side != 224 else {}
-    return Variant(f"agent_{name}", build, params, gmacs, ((1, 3, side, side),), source, options)
 
 
 SYSTEM = register_system(
@@ -399,25 +361,57 @@ SYSTEM = register_system(
         idea="A few agents, pooled from the queries, gather from all keys; every query then reads from the agents.",
         mixers=("agent",),
         variants=(
-            _variant("deit_tiny", AgentDeiT, 6_015_640, 1.176),
-            _variant("deit_small", AgentDeiT, 22_647_112, 4.443, 0.1, **_DEIT_S),
-            _variant("deit_small_448", AgentDeiT, 23_070_472, 17.7, 0.0, 448, _TABLE, **_DEIT_S),
-            _variant("deit_base", AgentDeiT, 87_204_904, 17.552, 0.3, **_DEIT_B),
-            _variant("pvt_tiny", AgentPVT, 11_570_352, 2.000, 0.1),
-            _variant("pvt_small", AgentPVT, 20_635_066, 3.978, 0.1, depths=(3, 4, 6, 3)),
-            _variant("pvt_medium", AgentPVT, 35_921_746, 7.035, 0.3, depths=(3, 4, 18, 3)),
-            _variant("pvt_medium_256", AgentPVT, 36_083_682, 9.2, 0.3, 256, _TABLE, depths=(3, 4, 18, 3)),
-            _variant("pvt_large", AgentPVT, 48_738_180, 10.390, 0.3, depths=(3, 8, 27, 3)),
-            _variant("swin_tiny", AgentSwin, 28_902_964, 4.528, 0.2),
-            _variant("swin_small", AgentSwin, 49_666_684, 8.733, 0.3, **_SWIN_S),
-            _variant("swin_small_288", AgentSwin, 49_707_964, 14.6, 0.3, 288, _TABLE, **_SWIN_S, window_size=9),
-            _variant("swin_base", AgentSwin, 88_095_096, 15.444, 0.5, **_SWIN_B),
-            _variant("swin_base_384", AgentSwin, 88_305_016, 46.3, 0.5, 384, _TABLE, **_SWIN_B, window_size=12),
-            _variant("cswin_tiny", AgentCSWin, 20_458_672, 4.315, 0.2),
-            _variant("cswin_small", AgentCSWin, 32_814_100, 6.8, 0.4, 224, _TABLE, **_CSWIN_S),
-            _variant("cswin_base", AgentCSWin, 73_249_696, 14.9, 0.5, 224, _TABLE, **_CSWIN_B),
-            _variant(
-                "cswin_base_384", AgentCSWin, 73_328_416, 46.3, 0.7, 384, _TABLE, **_CSWIN_B, stripes=(1, 2, 12, None)
+            image_variant("agent_deit_tiny", AgentDeiT, 6_015_640, 1.176),
+            image_variant("agent_deit_small", AgentDeiT, 22_647_112, 4.443, 0.1, **_DEIT_S),
+            image_variant(
+                "agent_deit_small_448", AgentDeiT, 23_070_472, 17.7, 0.0, 448, source=README_FLOPS, **_DEIT_S
+            ),
+            image_variant("agent_deit_base", AgentDeiT, 87_204_904, 17.552, 0.3, **_DEIT_B),
+            image_variant("agent_pvt_tiny", AgentPVT, 11_570_352, 2.000, 0.1),
+            image_variant("agent_pvt_small", AgentPVT, 20_635_066, 3.978, 0.1, depths=(3, 4, 6, 3)),
+            image_variant("agent_pvt_medium", AgentPVT, 35_921_746, 7.035, 0.3, depths=(3, 4, 18, 3)),
+            image_variant(
+                "agent_pvt_medium_256", AgentPVT, 36_083_682, 9.2, 0.3, 256, source=README_FLOPS, depths=(3, 4, 18, 3)
+            ),
+            image_variant("agent_pvt_large", AgentPVT, 48_738_180, 10.390, 0.3, depths=(3, 8, 27, 3)),
+            image_variant("agent_swin_tiny", AgentSwin, 28_902_964, 4.528, 0.2),
+            image_variant("agent_swin_small", AgentSwin, 49_666_684, 8.733, 0.3, **_SWIN_S),
+            image_variant(
+                "agent_swin_small_288",
+                AgentSwin,
+                49_707_964,
+                14.6,
+                0.3,
+                288,
+                source=README_FLOPS,
+                **_SWIN_S,
+                window_size=9,
+            ),
+            image_variant("agent_swin_base", AgentSwin, 88_095_096, 15.444, 0.5, **_SWIN_B),
+            image_variant(
+                "agent_swin_base_384",
+                AgentSwin,
+                88_305_016,
+                46.3,
+                0.5,
+                384,
+                source=README_FLOPS,
+                **_SWIN_B,
+                window_size=12,
+            ),
+            image_variant("agent_cswin_tiny", AgentCSWin, 20_458_672, 4.315, 0.2),
+            image_variant("agent_cswin_small", AgentCSWin, 32_814_100, 6.8, 0.4, 224, source=README_FLOPS, **_CSWIN_S),
+            image_variant("agent_cswin_base", AgentCSWin, 73_249_696, 14.9, 0.5, 224, source=README_FLOPS, **_CSWIN_B),
+            image_variant(
+                "agent_cswin_base_384",
+                AgentCSWin,
+                73_328_416,
+                46.3,
+                0.7,
+                384,
+                source=README_FLOPS,
+                **_CSWIN_B,
+                stripes=(1, 2, 12, None),
             ),
         ),
         reports=(

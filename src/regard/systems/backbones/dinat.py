@@ -95,10 +95,6 @@ class NeighborhoodAttention(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
         spatial = self.check(x)
-        if len(spatial) != self.axes:
-            raise ValueError(
-                f"this mixer was built with axes={self.axes}, got {len(spatial)} spatial axes: {tuple(x.shape)}."
-            )
         needed = [width * gap for width, gap in zip(self.kernel_size, self.dilation, strict=True)]
         # Up to the next multiple of what is needed where the map is smaller, and of 1 elsewhere.
         x = pad_to_multiple(x, [need if need > length else 1 for need, length in zip(needed, spatial, strict=True)])

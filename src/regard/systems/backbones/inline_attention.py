@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from regard import checks, ops
 from regard.checkpoint import KeyMap
-from regard.layers import Block, CrossShaped, Mixer, SpatialReductionAttention, depthwise, heads_of
-from regard.registry import System, Variant, register_mixer, register_system
+from regard.layers import Block, CrossShaped, ProjectedCore, SpatialReductionAttention, depthwise, heads_of
+from regard.registry import README_FLOPS, System, image_variant, register_mixer, register_system
 from regard.skeletons import PVT, CSWinPyramid, DeiT, Place, SwinPyramid
 from regard.systems.backbones.swin import WindowAttention
 
@@ -129,7 +129,7 @@ _KERNELS = (r"(^|\.)residual\.(\d)\.", r"\1core.residual.kernels.\2.")
 
 
 @register_mixer("inline")
-class InLineAttention(Mixer):
+class InLineAttention(ProjectedCore):
     """InLine attention with its projections, for 1, 2 or 3 spatial axes; nothing in it depends on the size of the grid.
 
     out = W_o `InLineCore`(x W_q, x W_k, x W_v); the kernels of the local residual come from the mean token of x.
@@ -155,40 +155,16 @@ class InLineAttention(Mixer):
         qkv_bias: bool = True,
         joint_qkv: bool = True,
     ) -> None:
-        super().__init__()
         checks.one_of("axes", str(axes), ("1", "2", "3"))
-        self.dim, self.num_heads, self.axes, self.class_token = dim, num_heads, axes, class_token
-        self.core = InLineCore(dim, num_heads, axes=axes, feature=feature, residual=residual)
-        if joint_qkv:
-            self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        else:
-            self.q, self.kv = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, 2 * dim, bias=qkv_bias)
-        self.joint_qkv = joint_qkv
-        self.proj = nn.Linear(dim, dim)
+        core = InLineCore(dim, num_heads, axes=axes, feature=feature, residual=residual)
+        super().__init__(
+            dim, num_heads, core, axes=axes, class_token=class_token, qkv_bias=qkv_bias, joint_qkv=joint_qkv
+        )
 
-    @classmethod
-    def in_stack(cls, index: int, input_size: tuple[int, ...], dim: int, num_heads: int, **options: Any) -> Mixer:
-        """For grids with as many axes as `input_size`."""
-        return cls(dim, num_heads, axes=len(input_size), **options)
-
-    def forward(self, x: Tensor, class_token: Tensor | None = None) -> Any:
-        """`(B, *S, dim)` -> the same shape; built for a class token, also `(B, 1, dim)` -> a pair of such."""
-        if len(self.check(x)) != self.axes:
-            raise ValueError(f"this mixer was built with axes={self.axes}, got a grid of shape {tuple(x.shape)}.")
-        if (class_token is not None) != self.class_token:
-            raise ValueError(f"this mixer was built with class_token={self.class_token}: call it accordingly.")
+    def core_inputs(self, x: Tensor, class_token: Tensor | None) -> dict[str, Tensor]:
+        """The mean token, which decides the kernels of the local residual."""
         tokens = x.flatten(1, -2)
-        if class_token is None:
-            return self.proj(self.core(*self._project(x), summary=tokens.mean(1)))
-        summary = torch.cat([class_token, tokens], 1).mean(1)
-        grid, first = self.core(*self._project(x), summary=summary, first=self._project(class_token))
-        return self.proj(grid), self.proj(first)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(x).chunk(3, -1) if self.joint_qkv else (self.q(x), *self.kv(x).chunk(2, -1))
-
-    def extra_repr(self) -> str:
-        return f"dim={self.dim}, num_heads={self.num_heads}, class_token={self.class_token}"
+        return {"summary": (tokens if class_token is None else torch.cat([class_token, tokens], 1)).mean(1)}
 
 
 class InLineDeiT(DeiT):
@@ -287,26 +263,9 @@ class InLineCSWin(CSWinPyramid):
         super().__init__(mixer=mixer, block=block, **host)
 
 
-_CODE = "parameters and multiply-adds of the authors' code in the released configuration"
-_TABLE = "parameters of the authors' code in the released configuration; FLOPs of its README, one decimal"
 _SWIN_B = {"dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "inline_blocks": (2, 2, 2, 0)}
 _CSWIN_S = {"depths": (3, 6, 29, 2), "inline_blocks": (3, 6, 0, 0)}
 _CSWIN_B = {**_CSWIN_S, "dim": 96, "num_heads": (4, 8, 16, 32)}
-
-
-def _variant(
-    name: str,
-    build: Any,
-    params: int,
-    gmacs: float | None,
-    drop: float = 0.0,
-    side: int = 224,
-    source: str = _CODE,
-    **options: Any,
-) -> Variant:
-    options |= {"drop_path_rate": drop} if drop else {}
-    options |= {"img_size": side} if side != 224 else {}
-    return Variant(f"inline_{name}", build, params, gmacs, ((1, 3, side, side),), source, options)
 
 
 SYSTEM = register_system(
@@ -320,23 +279,33 @@ SYSTEM = register_system(
         idea="Linear attention normalised by subtraction, which keeps different queries apart, with a local residual.",
         mixers=("inline",),
         variants=(
-            _variant("deit_tiny", InLineDeiT, 6_477_736, 1.114),
-            _variant("deit_small", InLineDeiT, 16_734_760, 4.979, 0.0, 288, dim=320, num_heads=10),
-            _variant("deit_base", InLineDeiT, 23_797_096, 17.207, 0.0, 448, dim=384, num_heads=12),
-            _variant("pvt_tiny", InLinePVT, 12_032_232, 1.986, 0.1),
-            _variant("pvt_small", InLinePVT, 21_556_136, 3.932, 0.1, depths=(3, 4, 6, 3)),
-            _variant("pvt_medium", InLinePVT, 37_618_856, 6.887, 0.3, depths=(3, 4, 18, 3)),
-            _variant("pvt_large", InLinePVT, 51_154_280, 10.164, 0.3, depths=(3, 8, 27, 3)),
-            _variant("swin_tiny", InLineSwin, 29_223_544, 4.478, 0.2),
-            _variant(
-                "swin_small", InLineSwin, 49_793_296, 8.747, 0.3, depths=(2, 2, 18, 2), inline_blocks=(2, 2, 0, 0)
+            image_variant("inline_deit_tiny", InLineDeiT, 6_477_736, 1.114),
+            image_variant("inline_deit_small", InLineDeiT, 16_734_760, 4.979, 0.0, 288, dim=320, num_heads=10),
+            image_variant("inline_deit_base", InLineDeiT, 23_797_096, 17.207, 0.0, 448, dim=384, num_heads=12),
+            image_variant("inline_pvt_tiny", InLinePVT, 12_032_232, 1.986, 0.1),
+            image_variant("inline_pvt_small", InLinePVT, 21_556_136, 3.932, 0.1, depths=(3, 4, 6, 3)),
+            image_variant("inline_pvt_medium", InLinePVT, 37_618_856, 6.887, 0.3, depths=(3, 4, 18, 3)),
+            image_variant("inline_pvt_large", InLinePVT, 51_154_280, 10.164, 0.3, depths=(3, 8, 27, 3)),
+            image_variant("inline_swin_tiny", InLineSwin, 29_223_544, 4.478, 0.2),
+            image_variant(
+                "inline_swin_small",
+                InLineSwin,
+                49_793_296,
+                8.747,
+                0.3,
+                depths=(2, 2, 18, 2),
+                inline_blocks=(2, 2, 0, 0),
             ),
-            _variant("swin_base", InLineSwin, 88_350_120, 15.435, 0.5, **_SWIN_B),
-            _variant("swin_base_384", InLineSwin, 88_465_320, None, 0.5, 384, **_SWIN_B, window_size=12),
-            _variant("cswin_tiny", InLineCSWin, 20_604_520, 4.331, 0.2),
-            _variant("cswin_small", InLineCSWin, 33_032_872, 6.802, 0.4, **_CSWIN_S),
-            _variant("cswin_base", InLineCSWin, 73_413_640, 14.9, 0.5, 224, _TABLE, **_CSWIN_B),
-            _variant("cswin_base_384", InLineCSWin, 73_413_640, None, 0.7, 384, **_CSWIN_B, stripes=(1, 2, 12, None)),
+            image_variant("inline_swin_base", InLineSwin, 88_350_120, 15.435, 0.5, **_SWIN_B),
+            image_variant("inline_swin_base_384", InLineSwin, 88_465_320, None, 0.5, 384, **_SWIN_B, window_size=12),
+            image_variant("inline_cswin_tiny", InLineCSWin, 20_604_520, 4.331, 0.2),
+            image_variant("inline_cswin_small", InLineCSWin, 33_032_872, 6.802, 0.4, **_CSWIN_S),
+            image_variant(
+                "inline_cswin_base", InLineCSWin, 73_413_640, 14.9, 0.5, 224, source=README_FLOPS, **_CSWIN_B
+            ),
+            image_variant(
+                "inline_cswin_base_384", InLineCSWin, 73_413_640, None, 0.7, 384, **_CSWIN_B, stripes=(1, 2, 12, None)
+            ),
         ),
         reports=(
             "ImageNet-1K top-1 against the host at about equal FLOPs: DeiT-T 72.2 -> 74.5, PVT-S 79.8 -> 82.0, "

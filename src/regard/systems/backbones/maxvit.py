@@ -87,11 +87,7 @@ class GridAttention(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
-        spatial = self.check(x)
-        if len(spatial) != self.axes:
-            raise ValueError(
-                f"this mixer was built with axes={self.axes}, got {len(spatial)} spatial axes: {tuple(x.shape)}."
-            )
+        self.check(x)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         out = ops.window_attention(q, k, v, window_size=self.window_size, partition=self.partition, bias=self.bias())
         return self.proj(out.flatten(-2))

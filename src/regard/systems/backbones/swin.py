@@ -68,10 +68,6 @@ class WindowAttention(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
         spatial = self.check(x)
-        if len(spatial) != self.axes:
-            raise ValueError(
-                f"this mixer was built with axes={self.axes}, got {len(spatial)} spatial axes: {tuple(x.shape)}."
-            )
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
         size, bias = self.window_size, self.bias()
         shift = tuple(length // 2 for length in size) if self.shift else (0,) * self.axes

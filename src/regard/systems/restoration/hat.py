@@ -95,7 +95,7 @@ class HybridAttention(Mixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
-        _check_axes(self.check(x), self.axes, x)
+        self.check(x)
         return self.drop_path(self.attention(x)) + self.conv_scale * self.conv(x)
 
     def extra_repr(self) -> str:
@@ -151,7 +151,6 @@ class OverlappingCrossAttention(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
         spatial = self.check(x)
-        _check_axes(spatial, self.axes, x)
         q, kv = self.qkv(x).split((self.dim, 2 * self.dim), -1)
         q = windows.pad_to_multiple(q, self.window_size)
         padded = q.shape[1:-1]
@@ -201,11 +200,6 @@ def _fitting(window_size: int | Sequence[int], spatial: Sequence[int]) -> tuple[
     """The window, nowhere larger than the grid."""
     window = checks.tuple_of("window_size", window_size, len(spatial))
     return tuple(min(size, length) for size, length in zip(window, spatial, strict=True))
-
-
-def _check_axes(spatial: tuple[int, ...], axes: int, x: Tensor) -> None:
-    if len(spatial) != axes:
-        raise ValueError(f"this mixer was built with axes={axes}, got {len(spatial)} spatial axes: {tuple(x.shape)}.")
 
 
 class HybridBlock(Block):
