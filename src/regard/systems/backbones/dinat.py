@@ -7,7 +7,7 @@ among pixels of equal position modulo a dilation, so that as many keys span the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from regard import checks, ops
 from regard.checkpoint import KeyMap
-from regard.layers import Block, Conv2d, Mixer, PatchEmbed, PatchMerging, heads_of, linear_rates, vit_init
+from regard.layers import Block, Conv2d, Mixer, PatchEmbed, heads_of, vit_init
 from regard.layouts.windows import crop, pad_to_multiple
 from regard.registry import System, Variant, register_mixer, register_system
-from regard.skeletons import Hierarchical, Isotropic
+from regard.skeletons import Hierarchical, Isotropic, Place, SwinPyramid, places
 
 KeysValues = tuple[Tensor, Tensor]
 
@@ -243,21 +243,10 @@ _LEVELS = KeyMap(
 )
 
 
-def _level(
-    dim: int, num_heads: int, kernel_size: int, dilations: Sequence[int], rates: Sequence[float], **block: Any
-) -> Iterator[Block]:
-    """One block for each drop rate; the dilations take turns."""
-    for index, rate in enumerate(rates):
-        mixer = NeighborhoodAttention(
-            dim, num_heads, kernel_size=kernel_size, dilation=dilations[index % len(dilations)]
-        )
-        yield Block(dim, mixer, drop_path=rate, **block)
-
-
-def _split(rates: Sequence[float], depths: Sequence[int]) -> Iterator[Sequence[float]]:
-    """The drop rates of each stage."""
-    for stage, depth in enumerate(depths):
-        yield rates[sum(depths[:stage]) : sum(depths[:stage]) + depth]
+def _mixer(at: Place, kernel_size: int, dilations: Sequence[int]) -> NeighborhoodAttention:
+    """The mixer of a block; the dilations take turns."""
+    dilation = dilations[at.index % len(dilations)]
+    return NeighborhoodAttention(at.dim, at.num_heads, kernel_size=kernel_size, dilation=dilation)
 
 
 class DiNAT(_Tables, Hierarchical):
@@ -291,17 +280,27 @@ class DiNAT(_Tables, Hierarchical):
         in_chans: int = 3,
     ) -> None:
         dims = [dim * 2**level for level in range(len(depths))]
-        rates = _split(linear_rates(drop_path_rate, sum(depths)), depths)
-        block = {"mlp_ratio": mlp_ratio, "layer_scale": layer_scale}
+        strides = [4 * 2**level for level in range(len(depths))]
         super().__init__(
             stem=ConvTokenizer(in_chans, dim),
             downs=[nn.Identity(), *(ConvDownsampler(width) for width in dims[:-1])],
             stages=[
-                [*_level(width, heads, kernel_size, turns, of_level, **block)]
-                for width, heads, turns, of_level in zip(dims, num_heads, dilations, rates, strict=True)
+                [
+                    Block(
+                        at.dim,
+                        _mixer(at, kernel_size, turns),
+                        mlp_ratio=mlp_ratio,
+                        layer_scale=layer_scale,
+                        drop_path=at.drop_path,
+                    )
+                    for at in level
+                ]
+                for turns, level in zip(
+                    dilations, places(dims, depths, num_heads, strides, 224, drop_path_rate), strict=True
+                )
             ],
             dims=dims,
-            strides=[4 * 2**level for level in range(len(depths))],
+            strides=strides,
             norm=nn.LayerNorm(dims[-1]),
             num_classes=num_classes,
             in_chans=in_chans,
@@ -309,45 +308,26 @@ class DiNAT(_Tables, Hierarchical):
         self.apply(vit_init)
 
 
-class DiNATs(_Tables, Hierarchical):
+class DiNATs(_Tables, SwinPyramid):
     """DiNAT_s (section 4.3): Swin's architecture, its windows replaced by neighborhoods, its shifts by dilations.
 
     Args:
-        dim, depths, num_heads, mlp_ratio, drop_path_rate, patch_size: as Swin's.
-        dilations: for each stage, the dilations that its blocks take in turn.
+        dilations: for each stage, the dilations that its blocks take in turn. host: arguments of `SwinPyramid`.
     """
 
     authors_keys = _LEVELS
 
     def __init__(
         self,
-        dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
+        *,
         kernel_size: int = 7,
         dilations: Sequence[Sequence[int]] = ((1, 8), (1, 4), (1, 2), (1,)),
-        mlp_ratio: float = 4.0,
-        patch_size: int = 4,
         drop_path_rate: float = 0.2,
-        num_classes: int = 1000,
-        in_chans: int = 3,
+        **host: Any,
     ) -> None:
-        dims = [dim * 2**stage for stage in range(len(depths))]
-        rates = _split(linear_rates(drop_path_rate, sum(depths)), depths)
         super().__init__(
-            stem=PatchEmbed(in_chans, dim, patch_size),
-            downs=[nn.Identity(), *(PatchMerging(width) for width in dims[:-1])],
-            stages=[
-                [*_level(width, heads, kernel_size, turns, of_stage, mlp_ratio=mlp_ratio)]
-                for width, heads, turns, of_stage in zip(dims, num_heads, dilations, rates, strict=True)
-            ],
-            dims=dims,
-            strides=[patch_size * 2**stage for stage in range(len(depths))],
-            norm=nn.LayerNorm(dims[-1]),
-            num_classes=num_classes,
-            in_chans=in_chans,
+            mixer=lambda at: _mixer(at, kernel_size, dilations[at.stage]), drop_path_rate=drop_path_rate, **host
         )
-        self.apply(vit_init)
 
 
 class IsotropicDiNAT(_Tables, Isotropic):
@@ -383,16 +363,15 @@ class IsotropicDiNAT(_Tables, Isotropic):
         num_classes: int = 1000,
         in_chans: int = 3,
     ) -> None:
-        grid = (-(-img_size // patch_size),) * 2
-        rates = linear_rates(drop_path_rate, depth)
-        if kernel_size is None:
-            mixers = [BiasedSelfAttention(dim, num_heads, grid=grid) for _ in rates]
-            blocks = [
-                Block(dim, mixer, mlp_ratio=mlp_ratio, drop_path=rate)
-                for mixer, rate in zip(mixers, rates, strict=True)
-            ]
-        else:
-            blocks = [*_level(dim, num_heads, kernel_size, dilations, rates, mlp_ratio=mlp_ratio)]
+        (stage,) = places([dim], [depth], [num_heads], [patch_size], img_size, drop_path_rate)
+        grid = stage[0].grid
+
+        def mixer(at: Place) -> Mixer:
+            if kernel_size is None:
+                return BiasedSelfAttention(dim, num_heads, grid=grid)
+            return _mixer(at, kernel_size, dilations)
+
+        blocks = [Block(dim, mixer(at), mlp_ratio=mlp_ratio, drop_path=at.drop_path) for at in stage]
         super().__init__(
             stem=PatchEmbed(in_chans, dim, patch_size),
             blocks=blocks,

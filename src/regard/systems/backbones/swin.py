@@ -94,47 +94,19 @@ class SwinTransformer(SwinPyramid):
     """Patches of 4 x 4, four stages of `Block(WindowAttention)`, patch merging between them, LayerNorm, mean, linear.
 
     Args:
-        dim: channels of the first stage; they double from stage to stage.
-        depths, num_heads: blocks and heads of each stage.
-        window_size: M of every stage.
-        mlp_ratio: hidden width of the MLP. patch_size: pixels per token of the first stage.
-        img_size: images of other sizes run too; a stage whose map at this size is smaller than the window gets (and
-            learns the bias of) a window of the map's size.
-        drop_path_rate: stochastic depth of the last block; it rises linearly from 0.
+        window_size: M of every stage; a stage whose map at `img_size` is smaller gets (and learns the bias of) a window
+            of the map's size.
+        host: arguments of `SwinPyramid`: dim, depths, num_heads, img_size, drop_path_rate, num_classes, ...
     """
 
     authors_keys = KeyMap(rules=SwinPyramid.host_rules, drop=SwinPyramid.host_drop)
 
-    def __init__(
-        self,
-        dim: int = 96,
-        depths: Sequence[int] = (2, 2, 6, 2),
-        num_heads: Sequence[int] = (3, 6, 12, 24),
-        window_size: int = 7,
-        mlp_ratio: float = 4.0,
-        patch_size: int = 4,
-        img_size: int = 224,
-        drop_path_rate: float = 0.0,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-    ) -> None:
+    def __init__(self, *, window_size: int = 7, **host: Any) -> None:
         def mixer(at: Place) -> nn.Module:
-            return WindowAttention(
-                at.dim, at.num_heads, window_size=min(window_size, *at.grid), shift=at.index % 2 == 1
-            )
+            window = min(window_size, *at.grid)
+            return WindowAttention(at.dim, at.num_heads, window_size=window, shift=at.index % 2 == 1)
 
-        super().__init__(
-            mixer=mixer,
-            dim=dim,
-            depths=depths,
-            num_heads=num_heads,
-            mlp_ratio=mlp_ratio,
-            patch_size=patch_size,
-            img_size=img_size,
-            drop_path_rate=drop_path_rate,
-            num_classes=num_classes,
-            in_chans=in_chans,
-        )
+        super().__init__(mixer=mixer, **host)
 
     def no_weight_decay(self) -> set[str]:
         """The position tables."""
