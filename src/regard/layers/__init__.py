@@ -1,6 +1,6 @@
 """Small modules that many systems share. Everything takes and gives channels-last tensors `(batch, *spatial, channels)`."""
 
-from regard.layers.attention import Identity, LinearAttention, SoftmaxAttention
+from regard.layers.attention import Identity, LinearAttention, SoftmaxAttention, split_qkv
 from regard.layers.block import Block
 from regard.layers.conv import Conv1d, Conv2d, Conv3d, PixelShuffle, SqueezeExcite, conv, depthwise, pad_same
 from regard.layers.cross_shaped import CrossShaped, LePEAttention
@@ -16,7 +16,9 @@ from regard.layers.position import (
     RelativePositionBias,
     alibi_slopes,
     relative_index,
+    resize_bias_tables,
     resize_map,
+    resize_sequence_table,
     resize_table,
     sincos,
 )
@@ -59,8 +61,11 @@ __all__ = [
     "linear_rates",
     "pad_same",
     "relative_index",
+    "resize_bias_tables",
     "resize_map",
+    "resize_sequence_table",
     "resize_table",
     "sincos",
+    "split_qkv",
     "vit_init",
 ]

@@ -69,6 +69,14 @@ class SoftmaxAttention(Mixer):
         return f"dim={self.dim}, num_heads={self.num_heads}, kv_heads={self.kv_heads}, causal={self.causal}"
 
 
+def split_qkv(name: str, value: Tensor) -> dict[str, Tensor]:
+    """`KeyMap.convert` for checkpoints whose q, k and v are one matrix `qkv`: the `q` and `kv` of `SoftmaxAttention`."""
+    if not name.endswith(("qkv.weight", "qkv.bias")):
+        return {name: value}
+    q, kv = value.split([value.shape[0] // 3, 2 * value.shape[0] // 3])
+    return {name.replace("qkv", "q"): q, name.replace("qkv", "kv"): kv}
+
+
 _FEATURES = {"elu": lambda x: F.elu(x) + 1, "relu": F.relu, "exp": torch.exp}
 
 

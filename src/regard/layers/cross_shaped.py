@@ -39,9 +39,9 @@ class LePEAttention(nn.Module):
 class CrossShaped(Mixer):
     """Heads split into one branch per axis; branch a works in stripes that run along axis a over the whole map.
 
-    Each token thus reaches a cross in one layer (CSWin, arXiv 2107.00652). Branch a takes channels a/A to
-    (a + 1)/A of q, k and v, with A axes, and as large a share of the heads. A map that is no multiple of the stripe has
-    narrower stripes at its end.
+    Each token thus reaches a cross in one layer (CSWin, arXiv 2107.00652). The heads, and with them the channels of q, k
+    and v, are shared out among the branches in their order; where they do not divide, the first branches get one more.
+    A map that is no multiple of the stripe has narrower stripes at its end.
 
     Args:
         stripe: width of the stripes across their axis; None is one branch of all heads over the whole map.
@@ -59,13 +59,17 @@ class CrossShaped(Mixer):
         qkv_bias: bool = True,
     ) -> None:
         super().__init__()
-        heads_of(dim, num_heads)
-        branches = 1 if stripe is None else axes
-        checks.divisible("num_heads", num_heads, "the number of branches", branches)
+        head_dim, branches = heads_of(dim, num_heads), 1 if stripe is None else axes
+        if stripe is not None:
+            checks.tuple_of("stripe", stripe, 1)
+        if num_heads < branches:
+            raise ValueError(f"num_heads must be at least {branches}, one for each branch, got {num_heads}.")
+        heads = [num_heads // branches + (branch < num_heads % branches) for branch in range(branches)]
         self.dim, self.num_heads, self.stripe, self.axes = dim, num_heads, stripe, axes
+        self.widths = [share * head_dim for share in heads]
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         make = branch or (lambda width, heads: LePEAttention(width, heads, axes=axes))
-        self.branches = nn.ModuleList(make(dim // branches, num_heads // branches) for _ in range(branches))
+        self.branches = nn.ModuleList(make(width, share) for width, share in zip(self.widths, heads, strict=True))
         self.proj = nn.Linear(dim, dim)
 
     def stripes(self, spatial: Sequence[int]) -> list[tuple[int, ...]]:
@@ -74,7 +78,7 @@ class CrossShaped(Mixer):
             return [tuple(spatial)]
         return [
             tuple(length if axis == along else self.stripe for axis, length in enumerate(spatial))
-            for along in range(self.axes)
+            for along in range(len(spatial))
         ]
 
     def forward(self, x: Tensor, **extra: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ class CrossShaped(Mixer):
             return self.proj(self.branches[0](q, k, v, **extra))
         if extra:
             raise ValueError(f"branches in stripes take q, k and v only, got also {sorted(extra)}: use stripe=None.")
-        parts = zip(self.branches, self.stripes(spatial), *(t.chunk(self.axes, -1) for t in (q, k, v)), strict=True)
+        parts = zip(self.branches, self.stripes(spatial), *(t.split(self.widths, -1) for t in (q, k, v)), strict=True)
         return self.proj(torch.cat([map_windows(branch, size, *qkv) for branch, size, *qkv in parts], -1))
 
     def extra_repr(self) -> str:

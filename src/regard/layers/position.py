@@ -61,12 +61,34 @@ def resize_table(table: Tensor, old: Sequence[int], new: Sequence[int], mode: st
     return resized[0].flatten(1).t().contiguous()
 
 
+def resize_bias_tables(state: dict[str, Tensor], own: dict[str, Tensor], mode: str = "bicubic") -> dict[str, Tensor]:
+    """`state` with every `RelativePositionBias` table of square windows resized to the window that `own` has there."""
+    for key, table in state.items():
+        if key.endswith("bias.table") and key in own and own[key].shape[1:] == table.shape[1:]:
+            old, new = (int(t.shape[0] ** 0.5 + 1) // 2 for t in (table, own[key]))
+            state[key] = resize_table(table, (old, old), (new, new), mode)
+    return state
+
+
 def resize_map(x: Tensor, size: Sequence[int]) -> Tensor:
     """(Bi-, tri-)linear interpolation of `(B, C, *S)` to `(B, C, *size)`; pixel centres keep their place."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
     mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
     return F.interpolate(x, tuple(size), mode=mode, align_corners=False)
+
+
+def resize_sequence_table(table: Tensor, old: Sequence[int], new: Sequence[int]) -> Tensor:
+    """Interpolate (bicubic) the position table `(1, first + prod(old), dim)` of a sequence that ends with a 2d grid.
+
+    The `first` entries, of class tokens, stay as they are.
+    """
+    if tuple(old) == tuple(new):
+        return table
+    first = table.shape[1] - math.prod(old)
+    grid = table[:, first:].unflatten(1, tuple(old)).movedim(-1, 1)
+    grid = F.interpolate(grid, tuple(new), mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
+    return torch.cat([table[:, :first], grid], 1)
 
 
 class PositionTable(nn.Module):

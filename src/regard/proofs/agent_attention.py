@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from regard import ops
 from regard.layers import Block, LinearAttention, SoftmaxAttention
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import cost_growth, over_variants
+from regard.proofs.experiments import TINY_DEIT, cost_growth, over_variants, tiny_deit_config
 from regard.proofs.recordings import Recorded
 from regard.skeletons import DeiT
 from regard.systems.backbones._agent_sd import AgentSD, DiffusionBlock, match_tokens
@@ -195,16 +195,6 @@ def merging_by_hand() -> Check:
     )
 
 
-_TINY = {"dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0, "patch_size": 4, "img_size": 24, "in_chans": 1}
-"""A DeiT of 36 tokens."""
-
-
-def _config(preset: Preset) -> TrainConfig:
-    # Chosen for softmax attention, the baseline of the claims: best of 3e-3, 6e-3 and 1e-2 in trials with one seed.
-    # The training is short (about 7 epochs): the claims compare how well mixers learn in that time.
-    return TrainConfig(steps=2 if preset == "smoke" else 300, batch_size=32, lr=1e-2)
-
-
 def recipe(preset: Preset) -> Recipe:
     """A small Agent-DeiT on handwritten digits; "paper" is its tiny model on scenes of 224 pixels, 300 epochs."""
     if preset == "paper":
@@ -212,7 +202,9 @@ def recipe(preset: Preset) -> Recipe:
         model = seeded(lambda: AgentDeiT(num_classes=task.num_classes), 0)
         return Recipe(model, task, TrainConfig(steps=2_400, batch_size=1024, lr=1e-3, warmup=20 / 300))
     task = create_task("digits", size=24, channels=1)
-    return Recipe(seeded(lambda: AgentDeiT(agent_size=3, num_classes=10, **_TINY), 0), task, _config(preset))
+    return Recipe(
+        seeded(lambda: AgentDeiT(agent_size=3, num_classes=10, **TINY_DEIT), 0), task, tiny_deit_config(preset)
+    )
 
 
 def low_rank_softmax(preset: Preset) -> Check:
@@ -258,6 +250,7 @@ def linear_time(preset: Preset) -> Check:
             "softmax": lambda side: SoftmaxAttention(64, 1),
         },
         sides,
+        dim=64,
     )
     return Check(
         "The cost of agent attention grows linearly with the number of tokens, that of softmax attention quadratically",
@@ -273,7 +266,7 @@ def linear_time(preset: Preset) -> Check:
 def quality(preset: Preset) -> Check:
     """The same small DeiT with five mixers, budget and seeds equal."""
     task = create_task("digits", size=24, channels=1)
-    config = _config(preset)
+    config = tiny_deit_config(preset)
     seeds = (0,) if preset == "smoke" else (0, 1, 2)
     agent = {"agent_size": 3, "input_size": (6, 6), "class_token": True}
     mixers = {
@@ -283,7 +276,9 @@ def quality(preset: Preset) -> Check:
         "linear_relu": lambda at: LinearAttention(at.dim, at.num_heads, feature="relu"),
         "softmax": lambda at: SoftmaxAttention(at.dim, at.num_heads),
     }
-    builds = {name: lambda mixer=mixer: DeiT(mixer=mixer, num_classes=10, **_TINY) for name, mixer in mixers.items()}
+    builds = {
+        name: lambda mixer=mixer: DeiT(mixer=mixer, num_classes=10, **TINY_DEIT) for name, mixer in mixers.items()
+    }
     figures, mean = over_variants(builds, task, config, seeds)
     return Check(
         "At equal cost agent attention is at least as good as softmax attention and better than linear attention",

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from regard.flops import count_params
 from regard.layers import SoftmaxAttention
-from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import headline, over_seeds, reach
+from regard.proofs.experiments import cost_growth, over_variants, reach
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.davit import ChannelAttention, DaViT, SpatialAttention
 from regard.tasks import create_task
-from regard.tasks.base import EVAL, TRAIN
-from regard.tasks.images import Classification, LabelledImages
+from regard.tasks.images import Classification, DrawnImages, LabelledImages
 from regard.training import TrainConfig, seeded
 
 
@@ -102,14 +101,9 @@ def recipe(preset: Preset) -> Recipe:
 def linear_and_global(preset: Preset) -> Check:
     """Growth of cost with the map, and what one output position depends on, for one mixer."""
     sides = [14, 28] if preset == "smoke" else [28, 42, 56, 84]
-    tokens = [side * side for side in sides]
-    figures: dict[str, float | int] = {}
-    for name, mixer in (("channel", ChannelAttention(32, 1)), ("dense", SoftmaxAttention(32, 1))):
-        with torch.no_grad():
-            inputs = [torch.randn(1, side, side, 32) for side in sides]
-            times = [median_seconds(lambda m=mixer, x=x: m(x), repeats=5) for x in inputs]
-        figures[f"{name}_macs_growth"] = round(growth(tokens, [mixer.cost((side, side)).macs for side in sides]), 3)
-        figures[f"{name}_time_growth"] = round(growth(tokens, times), 2)
+    figures = cost_growth(
+        {"channel": lambda side: ChannelAttention(32, 1), "dense": lambda side: SoftmaxAttention(32, 1)}, sides, dim=32
+    )
     x = torch.randn(1, 8, 8, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for name, mixer in (
         ("channel", seeded(lambda: ChannelAttention(16, 2), 0)),
@@ -128,7 +122,7 @@ def linear_and_global(preset: Preset) -> Check:
     )
 
 
-class OppositeHue(Classification):
+class OppositeHue(DrawnImages):
     """Sixteen striped tiles; which stripes has the one whose hue is opposite to the mean hue of the image?
 
     Eight tiles lie within 20 degrees of a hue drawn for the image, seven decoys 60 to 110 degrees to either side, one
@@ -138,23 +132,14 @@ class OppositeHue(Classification):
     num_classes = 4
 
     def __init__(self, size: int = 32, train_items: int = 4096, eval_items: int = 512, seed: int = 0) -> None:
-        super().__init__(size, 3, 0.0)
-        self.items, self.seed = {TRAIN: train_items, EVAL: eval_items}, seed
-
-    @cached_property
-    def train_set(self) -> LabelledImages:  # type: ignore[override]
-        return self._made(TRAIN)
-
-    @cached_property
-    def eval_set(self) -> LabelledImages:  # type: ignore[override]
-        return self._made(EVAL)
+        super().__init__(size, train_items, eval_items, seed)
 
     @property
     def description(self) -> str:
         return "Sixteen striped tiles: the direction of the stripes on the one whose hue is opposite to the mean hue?"
 
-    def _made(self, stream: int) -> LabelledImages:
-        rng, count = np.random.default_rng((self.seed, stream)), self.items[stream]
+    def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
+        """Sixteen tiles in random order."""
         tile = self.sample_shape[1] // 4
         off = np.concatenate(
             [
@@ -183,20 +168,17 @@ def complementary(preset: Preset) -> Check:
     task = OppositeHue(train_items=64, eval_items=64) if smoke else OppositeHue()
     config = TrainConfig(steps=2 if smoke else 400, batch_size=32, lr=2e-3)
     seeds = (0,) if smoke else (0, 1, 2)
-    figures: dict[str, float | int | list[float]] = {}
-    for name, blocks in (
-        ("spatial_and_channel", ("spatial", "channel")),
-        ("spatial_only", ("spatial", "spatial")),
-        ("channel_only", ("channel", "channel")),
-    ):
-        runs = over_seeds(lambda b=blocks: _tiny(task, b), task, config, seeds)
-        figures[name] = headline(task, runs)
-        figures[f"mean_{name}"] = round(sum(figures[name]) / len(seeds), 4)
-        figures[f"parameters_{name}"] = sum(p.numel() for p in _tiny(task, blocks).parameters())
-    best = max(figures["mean_spatial_only"], figures["mean_channel_only"])
+    arms = {
+        "spatial_and_channel": ("spatial", "channel"),
+        "spatial_only": ("spatial", "spatial"),
+        "channel_only": ("channel", "channel"),
+    }
+    builds = {name: partial(_tiny, task, blocks) for name, blocks in arms.items()}
+    figures, mean = over_variants(builds, task, config, seeds)
+    figures |= {f"{name}_parameters": count_params(build()) for name, build in builds.items()}
     return Check(
         "Spatial and channel attention complement each other: in turns they beat either alone",
-        holds=figures["mean_spatial_and_channel"] > best,
+        holds=mean["spatial_and_channel"] > max(mean["spatial_only"], mean["channel_only"]),
         figures=figures,
         setting=f"{task.description} Two stages, windows of 2 x 2 tokens, {config.steps} steps, seeds {list(seeds)}, "
         "accuracy, chance 0.25",

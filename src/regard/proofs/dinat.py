@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,14 +15,14 @@ from torchmetrics import Metric
 from regard import ops
 from regard.flops import count_macs, count_params
 from regard.layers import SoftmaxAttention
-from regard.measure import growth, median_seconds
+from regard.measure import growth
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import headline, over_seeds
+from regard.proofs.experiments import cost_growth, over_variants
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.dinat import BiasedSelfAttention, DiNAT, IsotropicDiNAT, NeighborhoodAttention
 from regard.tasks import create_task
-from regard.tasks.base import EVAL, TRAIN, unwrapped
-from regard.tasks.images import Classification, LabelledImages
+from regard.tasks.base import unwrapped
+from regard.tasks.images import Classification, DrawnImages, LabelledImages
 from regard.training import TrainConfig, seeded
 
 
@@ -140,22 +140,19 @@ class _Largest(TorchDispatchMode):
 def linear_cost(preset: Preset) -> Check:
     """Multiply-adds, time and the largest tensor of one mixer over growing maps, against dense attention."""
     sides = [14, 28] if preset == "smoke" else [28, 40, 56, 80, 112]
-    tokens = [side * side for side in sides]
-    figures: dict[str, float | int] = {}
-    for name, mixer in (("neighborhood", NeighborhoodAttention(32, 1)), ("dense", SoftmaxAttention(32, 1))):
-        with torch.no_grad():
-            inputs = [torch.randn(1, side, side, 32) for side in sides]
-            times = [median_seconds(lambda m=mixer, x=x: m(x), repeats=3) for x in inputs]
-            largest = []
-            for x in inputs:
-                with _Largest() as seen:
-                    mixer(x)
-                largest.append(seen.numbers)
-        figures[f"{name}_macs_growth"] = round(growth(tokens, [mixer.cost((s, s)).macs for s in sides]), 3)
-        figures[f"{name}_time_growth"] = round(growth(tokens, times), 2)
-        if name == "neighborhood":
-            figures["largest_tensor_over_tokens_squared"] = round(largest[-1] / tokens[-1] ** 2, 4)
-            figures["largest_tensor_growth"] = round(growth(tokens, largest), 2)
+    figures = cost_growth(
+        {"neighborhood": lambda side: NeighborhoodAttention(32, 1), "dense": lambda side: SoftmaxAttention(32, 1)},
+        sides,
+        dim=32,
+        repeats=3,
+    )
+    tokens, largest, mixer = [side * side for side in sides], [], NeighborhoodAttention(32, 1)
+    for side in sides:
+        with torch.no_grad(), _Largest() as seen:
+            mixer(torch.randn(1, side, side, 32))
+        largest.append(seen.numbers)
+    figures["largest_tensor_over_tokens_squared"] = round(largest[-1] / tokens[-1] ** 2, 4)
+    figures["largest_tensor_growth"] = round(growth(tokens, largest), 2)
     return Check(
         "At a fixed kernel the cost of neighborhood attention grows linearly with the map, and no N x N tensor is made",
         holds=abs(figures["neighborhood_macs_growth"] - 1) < 0.1
@@ -167,7 +164,7 @@ def linear_cost(preset: Preset) -> Check:
     )
 
 
-class NameTheColour(Classification):
+class NameTheColour(DrawnImages):
     """Every patch of an image names a colour, one of four.
 
     "far": a square of three patches a side lies somewhere in faint noise, and all patches name its colour.
@@ -178,24 +175,16 @@ class NameTheColour(Classification):
     patch = 4
 
     def __init__(self, kind: str, train_items: int = 2048, eval_items: int = 256, seed: int = 0) -> None:
-        super().__init__(56, 3, 0.0)
-        self.kind, self.items, self.seed = kind, {TRAIN: train_items, EVAL: eval_items}, seed
-
-    @cached_property
-    def train_set(self) -> LabelledImages:  # type: ignore[override]
-        return self._made(TRAIN)
-
-    @cached_property
-    def eval_set(self) -> LabelledImages:  # type: ignore[override]
-        return self._made(EVAL)
+        super().__init__(56, train_items, eval_items, seed)
+        self.kind = kind
 
     @property
     def description(self) -> str:
         where = {"far": "of one square lying somewhere", "near": "of its own cell, under heavy noise"}[self.kind]
         return f"Images of 14 x 14 patches; each patch names the colour {where}."
 
-    def _made(self, stream: int) -> LabelledImages:
-        rng, count = np.random.default_rng((self.seed, stream)), self.items[stream]
+    def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
+        """Labels are `(14, 14)`, one for each patch."""
         colours = np.array([[1, 0.2, 0.2], [0.2, 1, 0.2], [0.2, 0.2, 1], [1, 1, 0.2]])
         size, side = self.sample_shape[1], 3 * self.patch
         if self.kind == "far":
@@ -247,14 +236,14 @@ def _with_and_without(kind: str, preset: Preset) -> tuple[dict[str, float | int 
     task = NameTheColour(kind, 32, 16) if smoke else NameTheColour(kind)
     config = TrainConfig(steps=2 if smoke else 150, batch_size=16, lr=3e-3)
     seeds = (0,) if smoke else (0, 1, 2)
-    figures: dict[str, float | int | list[float]] = {}
-    for name, dilations in (("dilated", (1, 4)), ("not_dilated", (1,))):
-        figures[name] = headline(task, over_seeds(lambda d=dilations: _plain_stack(d), task, config, seeds))
-        figures[f"mean_{name}"] = round(float(np.mean(figures[name])), 4)
-        model = _plain_stack(dilations)
-        figures[f"parameters_{name}"] = count_params(model)
-        figures[f"multiply_adds_{name}"] = count_macs(model, torch.zeros(1, *task.sample_shape))
-    figures["mean_gain"] = round(figures["mean_dilated"] - figures["mean_not_dilated"], 4)  # type: ignore[operator]
+    arms = {"dilated": (1, 4), "not_dilated": (1,)}
+    builds = {name: partial(_plain_stack, dilations) for name, dilations in arms.items()}
+    figures, mean = over_variants(builds, task, config, seeds)
+    for name, build in builds.items():
+        model = build()
+        figures[f"{name}_parameters"] = count_params(model)
+        figures[f"{name}_multiply_adds"] = count_macs(model, torch.zeros(1, *task.sample_shape))
+    figures["mean_gain"] = round(mean["dilated"] - mean["not_dilated"], 4)
     setting = (
         f"{task.description} Four layers at one resolution, kernel 3, {config.steps} steps, seeds {list(seeds)}, "
         "accuracy over patches"
@@ -263,7 +252,7 @@ def _with_and_without(kind: str, preset: Preset) -> tuple[dict[str, float | int 
 
 
 def _equal_cost(figures: dict) -> bool:
-    return all(figures[f"{what}_dilated"] == figures[f"{what}_not_dilated"] for what in ("parameters", "multiply_adds"))
+    return all(figures[f"dilated_{what}"] == figures[f"not_dilated_{what}"] for what in ("parameters", "multiply_adds"))
 
 
 def dilation_helps_far(preset: Preset) -> Check:

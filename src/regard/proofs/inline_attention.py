@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from regard.layers import LinearAttention, SoftmaxAttention
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import cost_growth, over_variants
+from regard.proofs.experiments import TINY_DEIT, cost_growth, over_variants, tiny_deit_config
 from regard.proofs.recordings import Recorded
 from regard.skeletons import DeiT
 from regard.systems.backbones.inline_attention import (
@@ -77,16 +77,6 @@ def equals_the_matrix() -> Check:
     )
 
 
-_TINY = {"dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0, "patch_size": 4, "img_size": 24, "in_chans": 1}
-"""A DeiT of 36 tokens."""
-
-
-def _config(preset: Preset) -> TrainConfig:
-    # Chosen for softmax attention, the baseline of the claims: best of 3e-3, 6e-3 and 1e-2 in trials with one seed.
-    # The training is short (about 7 epochs): the claims compare how well mixers learn in that time.
-    return TrainConfig(steps=2 if preset == "smoke" else 300, batch_size=32, lr=1e-2)
-
-
 def recipe(preset: Preset) -> Recipe:
     """A small InLine-DeiT on handwritten digits; "paper" is its tiny model on scenes of 224 pixels, 300 epochs."""
     if preset == "paper":
@@ -94,7 +84,7 @@ def recipe(preset: Preset) -> Recipe:
         model = seeded(lambda: InLineDeiT(num_classes=task.num_classes), 0)
         return Recipe(model, task, TrainConfig(steps=2_400, batch_size=1024, lr=1e-3, warmup=20 / 300))
     task = create_task("digits", size=24, channels=1)
-    return Recipe(seeded(lambda: InLineDeiT(num_classes=10, **_TINY), 0), task, _config(preset))
+    return Recipe(seeded(lambda: InLineDeiT(num_classes=10, **TINY_DEIT), 0), task, tiny_deit_config(preset))
 
 
 def injective(preset: Preset) -> Check:
@@ -149,7 +139,7 @@ def linear_time(preset: Preset) -> Check:
     """Time of the mixer over growing maps, against dense attention of the same width; both in the same run."""
     sides = [14, 20] if preset == "smoke" else [28, 40, 56, 80]
     figures = cost_growth(
-        {"inline": lambda side: InLineAttention(64, 2), "softmax": lambda side: SoftmaxAttention(64, 2)}, sides
+        {"inline": lambda side: InLineAttention(64, 2), "softmax": lambda side: SoftmaxAttention(64, 2)}, sides, dim=64
     )
     return Check(
         "The cost of InLine attention grows linearly with the number of tokens, that of softmax attention quadratically",
@@ -165,7 +155,7 @@ def linear_time(preset: Preset) -> Check:
 def ablation(preset: Preset) -> Check:
     """The same small DeiT with plain linear attention, the two additions one after the other, and softmax attention."""
     task = create_task("digits", size=24, channels=1)
-    config = _config(preset)
+    config = tiny_deit_config(preset)
     seeds = (0,) if preset == "smoke" else (0, 1, 2)
     inline: dict[str, Any] = {"feature": "relu", "class_token": True}
     mixers = {
@@ -174,7 +164,9 @@ def ablation(preset: Preset) -> Check:
         "injective_and_local": lambda at: InLineAttention(at.dim, at.num_heads, **inline),
         "softmax": lambda at: SoftmaxAttention(at.dim, at.num_heads),
     }
-    builds = {name: lambda mixer=mixer: DeiT(mixer=mixer, num_classes=10, **_TINY) for name, mixer in mixers.items()}
+    builds = {
+        name: lambda mixer=mixer: DeiT(mixer=mixer, num_classes=10, **TINY_DEIT) for name, mixer in mixers.items()
+    }
     figures, mean = over_variants(builds, task, config, seeds)
     return Check(
         "Injectivity improves linear attention, the local residual improves it again, up to softmax attention",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from regard.layers import Block, SoftmaxAttention
-from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import headline, over_seeds, reach
+from regard.proofs.experiments import cost_growth, over_variants, reach
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.maxvit import GridAttention, MaxViT
 from regard.tasks import create_task
-from regard.tasks.base import EVAL, TRAIN
-from regard.tasks.images import Classification, LabelledImages
+from regard.tasks.images import DrawnImages, LabelledImages
 from regard.training import TrainConfig, seeded
 
 
@@ -143,18 +141,10 @@ def one_block_is_global(preset: Preset) -> Check:
 def linear_cost(preset: Preset) -> Check:
     """Multiply-adds and time of a window and a grid over growing maps, against dense attention."""
     sides = [14, 28] if preset == "smoke" else [28, 42, 56, 84]
-    tokens = [side * side for side in sides]
-    figures: dict[str, float] = {}
-    for name, mixers in (
-        ("window_and_grid", [GridAttention(32, 1, partition=partition) for partition in ("window", "grid")]),
-        ("dense", [SoftmaxAttention(32, 1)]),
-    ):
-        with torch.no_grad():
-            inputs = [torch.randn(1, side, side, 32) for side in sides]
-            times = [median_seconds(lambda m=mixers, x=x: [mixer(x) for mixer in m]) for x in inputs]
-        macs = [sum(mixer.cost((side, side)).macs for mixer in mixers) for side in sides]
-        figures[f"{name}_macs_growth"] = round(growth(tokens, macs), 3)
-        figures[f"{name}_time_growth"] = round(growth(tokens, times), 2)
+    pair = nn.Sequential(*(GridAttention(32, 1, partition=partition) for partition in ("window", "grid")))
+    figures = cost_growth(
+        {"window_and_grid": lambda side: pair, "dense": lambda side: SoftmaxAttention(32, 1)}, sides, dim=32
+    )
     return Check(
         "Window and grid attention together cost linear time in the number of tokens (section 3.2)",
         holds=abs(figures["window_and_grid_macs_growth"] - 1) < 0.05 and figures["dense_macs_growth"] > 1.5,
@@ -163,22 +153,13 @@ def linear_cost(preset: Preset) -> Check:
     )
 
 
-class TwoMarkers(Classification):
+class TwoMarkers(DrawnImages):
     """Markers of one of four colours near two opposite corners, over noise: which colour has the lower right?"""
 
     num_classes = 4
 
     def __init__(self, train_items: int = 4096, eval_items: int = 512, seed: int = 0) -> None:
-        super().__init__(32, 3, 0.0)
-        self.items, self.seed = {TRAIN: train_items, EVAL: eval_items}, seed
-
-    @cached_property
-    def train_set(self) -> LabelledImages:  # type: ignore[override]
-        return self._made(TRAIN)
-
-    @cached_property
-    def eval_set(self) -> LabelledImages:  # type: ignore[override]
-        return self._made(EVAL)
+        super().__init__(32, train_items, eval_items, seed)
 
     @property
     def description(self) -> str:
@@ -186,8 +167,8 @@ class TwoMarkers(Classification):
             "Markers of four colours near two opposite corners of 32 x 32 pixels of noise: which has the lower right?"
         )
 
-    def _made(self, stream: int) -> LabelledImages:
-        rng, count = np.random.default_rng((self.seed, stream)), self.items[stream]
+    def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
+        """Noise and two markers."""
         colours = np.array([[1, 0.2, 0.2], [0.2, 1, 0.2], [0.2, 0.2, 1], [1, 1, 0.2]])
         first, labels = rng.integers(0, 4, (2, count))
         images = rng.uniform(0, 0.4, (count, 3, 32, 32))
@@ -228,14 +209,12 @@ def grid_carries_far_cues(preset: Preset) -> Check:
     task = TwoMarkers(64, 64) if smoke else TwoMarkers()
     config = TrainConfig(steps=2 if smoke else 500, batch_size=32, lr=4e-3)
     seeds = (0,) if smoke else (0, 1, 2)
-    figures: dict[str, float | list[float]] = {}
-    for name, partitions in (("window_and_grid", ("window", "grid")), ("two_windows", ("window", "window"))):
-        runs = over_seeds(lambda p=partitions: _CornerMaxViT(p, num_classes=4), task, config, seeds)
-        figures[name] = headline(task, runs)
-        figures[f"mean_{name}"] = round(sum(figures[name]) / len(seeds), 4)
+    arms = {"window_and_grid": ("window", "grid"), "two_windows": ("window", "window")}
+    builds = {name: partial(_CornerMaxViT, pair, num_classes=4) for name, pair in arms.items()}
+    figures, mean = over_variants(builds, task, config, seeds)
     return Check(
         "With grid attention one block brings a cue from the opposite corner; without it, it cannot",
-        holds=figures["mean_window_and_grid"] >= 0.9 and figures["mean_two_windows"] <= 0.35,
+        holds=mean["window_and_grid"] >= 0.9 and mean["two_windows"] <= 0.35,
         figures=figures,
         setting=f"{task.description} One block on 8 x 8 tokens, size 4, no squeeze-and-excitation, read at the "
         f"upper left token, {config.steps} steps, seeds {list(seeds)}, accuracy, chance 0.25",

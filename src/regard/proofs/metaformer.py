@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from regard.layers import Block, GlobalNorm, SoftmaxAttention
 from regard.measure import growth, median_seconds
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import headline, over_seeds
+from regard.proofs.experiments import over_variants
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.metaformer import MetaFormer, Pooling, SpatialFc
 from regard.tasks import create_task
@@ -88,13 +90,9 @@ def layout_before_mixer(preset: Preset) -> Check:
     config = TrainConfig(steps=2 if preset == "smoke" else 300, batch_size=32, lr=2e-3)
     seeds = (0,) if preset == "smoke" else (0, 1, 2)
     arms = {"identity": "identity", "pooling": "pooling", "hybrid": ("pooling", "softmax")}
-    figures: dict[str, float | list[float]] = {}
-    mean: dict[str, float] = {}
-    for name, mixers in arms.items():
-        runs = over_seeds(lambda m=mixers: _tiny(m, task), task, config, seeds)
-        figures[name] = headline(task, runs)
-        mean[name] = sum(figures[name]) / len(seeds)
-    figures |= {f"mean_{name}": round(value, 4) for name, value in mean.items()}
+    figures, mean = over_variants(
+        {name: partial(_tiny, mixers, task) for name, mixers in arms.items()}, task, config, seeds
+    )
     return Check(
         "Pooling in place of attention beats no mixing by a point or more, and attention in the last stage is at least "
         "as good again (table 5)",

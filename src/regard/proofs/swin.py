@@ -4,21 +4,19 @@ from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from regard.checkpoint import KeyMap
-from regard.layers import Block
-from regard.measure import growth, median_seconds
+from regard.layers import Block, SoftmaxAttention
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import reach
+from regard.proofs.experiments import cost_growth, over_variants, reach
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.swin import SwinTransformer, WindowAttention
 from regard.tasks import create_task
+from regard.tasks.images import DrawnImages, LabelledImages
 from regard.training import TrainConfig, seeded
-from regard.training.trainer import StepSampler
 
 
 def _attention(config: dict) -> WindowAttention:
@@ -104,18 +102,10 @@ def shift_connects_windows(preset: Preset) -> Check:
 
 def linear_cost(preset: Preset) -> Check:
     """Multiply-adds and time of one mixer over growing maps, against dense attention."""
-    from regard.layers import SoftmaxAttention
-
     sides = [14, 28] if preset == "smoke" else [28, 42, 56, 84]
-    tokens = [side * side for side in sides]
-    figures: dict[str, float] = {}
-    for name, mixer in (("window", WindowAttention(32, 1)), ("dense", SoftmaxAttention(32, 1))):
-        mixer.eval()
-        with torch.no_grad():
-            inputs = [torch.randn(1, side, side, 32) for side in sides]
-            times = [median_seconds(lambda m=mixer, x=x: m(x), repeats=5) for x in inputs]
-        figures[f"{name}_macs_growth"] = round(growth(tokens, [mixer.cost((side, side)).macs for side in sides]), 3)
-        figures[f"{name}_time_growth"] = round(growth(tokens, times), 2)
+    figures = cost_growth(
+        {"window": lambda side: WindowAttention(32, 1), "dense": lambda side: SoftmaxAttention(32, 1)}, sides, dim=32
+    )
     return Check(
         "The cost of window attention grows linearly with the image, that of dense attention quadratically (eq. 1, 2)",
         holds=abs(figures["window_macs_growth"] - 1) < 0.05 and figures["dense_macs_growth"] > 1.5,
@@ -124,56 +114,46 @@ def linear_cost(preset: Preset) -> Check:
     )
 
 
-class _TwoMarkers(Dataset[tuple[Tensor, Tensor]]):
-    """Images of 16 x 16 pixels with two marks of two colours each, in windows side by side. Are the marks alike?
+class TwoMarks(DrawnImages):
+    """Images of 16 x 16 pixels with two marks, red or green, in windows side by side. Are the marks alike?
 
     A mark is one token (2 x 2 pixels) of the 8 x 8 that the model sees, the two of them next to each other across the
-    border of two windows of 4 x 4: `(2, 16, 16)` images and `()` int64 labels, half of each class.
+    border of two windows of 4 x 4, over noise that makes every image new.
     """
 
-    def __init__(self, items: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        colours = torch.randint(0, 2, (items, 2), generator=generator)
-        rows = torch.randint(0, 8, (items,), generator=generator)
-        self.images = torch.zeros(items, 2, 16, 16)
-        for item in range(items):
-            row = 2 * int(rows[item])
-            for side, column in enumerate((6, 8)):
-                self.images[item, colours[item, side], row : row + 2, column : column + 2] = 1
-        self.labels = (colours[:, 0] == colours[:, 1]).long()
+    num_classes = 2
 
-    def __len__(self) -> int:
-        return len(self.labels)
+    def __init__(self, train_items: int = 512, eval_items: int = 256, seed: int = 0) -> None:
+        super().__init__(16, train_items, eval_items, seed)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.images[index], self.labels[index]
+    @property
+    def description(self) -> str:
+        return "Two marks, red or green, next to each other across the border of two windows: are they alike?"
+
+    def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
+        """Marks in a random row of tokens, over noise."""
+        images = rng.integers(0, 64, (count, 3, 16, 16), dtype=np.uint8)
+        colours, rows = rng.integers(0, 2, (count, 2)), 2 * rng.integers(0, 8, count)
+        for image, pair, row in zip(images, colours, rows, strict=True):
+            for colour, column in zip(pair, (6, 8), strict=True):
+                image[colour, row : row + 2, column : column + 2] = 255
+        return LabelledImages(images, (colours[:, 0] == colours[:, 1]).astype(np.int64), mean=0.0, std=1.0)
 
 
 def shift_solves(preset: Preset) -> Check:
     """Two blocks, the same budget and seeds, with and without the shift, where the answer lies in two windows."""
-    steps, seeds = (2, (0,)) if preset == "smoke" else (600, (0, 1, 2))
-    train_set, eval_set = _TwoMarkers(512, 0), _TwoMarkers(256, 1)
-    images, labels = eval_set.images, eval_set.labels
-    figures: dict[str, float | list[float]] = {}
-    for name, shift in (("shifted", True), ("not_shifted", False)):
-        scores = []
-        for seed in seeds:
-            model = seeded(lambda s=shift: _tiny(s, dim=24, depths=(2,), patch_size=2, num_classes=2, in_chans=2), seed)
-            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-            for batch in StepSampler(len(train_set), 32, 0, steps, seed):
-                loss = F.cross_entropy(model(train_set.images[batch]), train_set.labels[batch])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-            with torch.no_grad():
-                scores.append(round((model.eval()(images).argmax(1) == labels).double().mean().item(), 4))
-        figures[name] = scores
+    smoke = preset == "smoke"
+    task, seeds = TwoMarks(32, 16) if smoke else TwoMarks(), (0,) if smoke else (0, 1, 2)
+    config = TrainConfig(steps=2 if smoke else 600, batch_size=32, lr=3e-3)
+    small = {"dim": 24, "depths": (2,), "patch_size": 2, "num_classes": 2}
+    builds = {name: partial(_tiny, shift, **small) for name, shift in (("shifted", True), ("not_shifted", False))}
+    figures, _ = over_variants(builds, task, config, seeds)
     return Check(
         "Shifted windows solve what windows alone cannot: are two marks in different windows alike?",
         holds=min(figures["shifted"]) > 0.95 and max(figures["not_shifted"]) < 0.75,
         figures=figures,
-        setting=f"accuracy on 256 new images, two blocks of 24 channels, {steps} steps of 32, seeds {list(seeds)}; holds if "
-        "every shifted run is above 0.95 and every other below 0.75 (chance is 0.5)",
+        setting=f"accuracy on 256 new images, two blocks of 24 channels, {config.steps} steps of 32, seeds {list(seeds)}; "
+        "holds if every shifted run is above 0.95 and every other below 0.75 (chance is 0.5)",
     )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -73,6 +75,29 @@ class Classification(Task):
     @property
     def trivial_answer(self) -> str:
         return "the most frequent class"
+
+
+class DrawnImages(Classification):
+    """Images made by a rule: subclasses say in `draw` how."""
+
+    def __init__(self, size: int, train_items: int, eval_items: int, seed: int = 0) -> None:
+        super().__init__(size, 3, 0.0)
+        self.items, self.seed = {TRAIN: train_items, EVAL: eval_items}, seed
+
+    @cached_property
+    def train_set(self) -> LabelledImages:  # type: ignore[override]
+        return self._drawn(TRAIN)
+
+    @cached_property
+    def eval_set(self) -> LabelledImages:  # type: ignore[override]
+        return self._drawn(EVAL)
+
+    def _drawn(self, stream: int) -> LabelledImages:
+        return self.draw(np.random.default_rng((self.seed, stream)), self.items[stream])
+
+    @abstractmethod
+    def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
+        """`count` images and their labels."""
 
 
 class Digits(Classification):

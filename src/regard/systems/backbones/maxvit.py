@@ -24,7 +24,7 @@ from regard.layers import (
     heads_of,
     linear_rates,
     pad_same,
-    resize_table,
+    resize_bias_tables,
 )
 from regard.layouts.windows import Partition
 from regard.registry import System, Variant, register_mixer, register_system
@@ -247,12 +247,7 @@ class MaxViT(Hierarchical):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resize bias tables of another window size (bilinear, as the authors do for finer resolutions)."""
-        own = self.state_dict()
-        for key, table in state.items():
-            if key.endswith("bias.table") and key in own and own[key].shape[1:] == table.shape[1:]:
-                old, new = (int(t.shape[0] ** 0.5 + 1) // 2 for t in (table, own[key]))
-                state[key] = resize_table(table, (old, old), (new, new), mode="bilinear")
-        return state
+        return resize_bias_tables(state, self.state_dict(), "bilinear")
 
 
 _SIZES: dict[str, dict[str, Any]] = {

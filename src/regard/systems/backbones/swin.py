@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from regard import checks, ops
 from regard.checkpoint import KeyMap
-from regard.layers import Mixer, RelativePositionBias, heads_of, resize_table
+from regard.layers import Mixer, RelativePositionBias, heads_of, resize_bias_tables
 from regard.registry import System, Variant, register_mixer, register_system
 from regard.skeletons import Place, SwinPyramid
 
@@ -114,12 +114,7 @@ class SwinTransformer(SwinPyramid):
 
     def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
         """Resize bias tables of another window size (bicubic, as the authors do for finer resolutions)."""
-        own = self.state_dict()
-        for key, table in state.items():
-            if key.endswith("bias.table") and key in own and own[key].shape[1:] == table.shape[1:]:
-                old, new = (int(t.shape[0] ** 0.5 + 1) // 2 for t in (table, own[key]))
-                state[key] = resize_table(table, (old, old), (new, new))
-        return state
+        return resize_bias_tables(state, self.state_dict())
 
 
 _LARGE = {"depths": (2, 2, 18, 2)}
