@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from oracles import assert_exact
+from oracles import assert_errs_like, assert_exact
 from regard import kernels, ops
 from regard.ops import reference
 
@@ -260,12 +260,20 @@ def test_empty_batch_strides_and_repeats(name):
     torch.testing.assert_close(CALLS[name](*wide.unbind(-2)), contiguous)
 
 
+PLAIN = {
+    "attention": lambda q, k, v: reference.attention(q, k, v),
+    "window": lambda q, k, v: reference.window_attention(q, k, v, window_size=(3, 3), shift=(1, 1)),
+    "neighborhood": lambda q, k, v: reference.neighborhood_attention(
+        q, k, v, kernel_size=(3, 3), stride=(1, 1), dilation=(2, 2), causal=(False, False)
+    ),
+    "linear": lambda q, k, v: reference.linear_attention(q.exp(), k.exp(), v),
+    "landmark": lambda q, k, v: reference.landmark_attention(q, q[:, :2], k, v),
+}
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_bfloat16_errs_like_the_plain_form(name):
-    exact = CALLS[name](*(x.double() for x in qkv(2, (7, 8), 2, 8)))
-    out = CALLS[name](*(x.bfloat16() for x in qkv(2, (7, 8), 2, 8)))
-    assert out.dtype == torch.bfloat16
-    assert (out.double() - exact).abs().max() < 0.06 * exact.abs().max()
+    assert_errs_like(CALLS[name], PLAIN[name], [x.bfloat16() for x in qkv(2, (7, 8), 2, 8)])
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -318,7 +326,8 @@ def test_wrong_input_teaches(call, message):
 def test_explain_names_every_path():
     q, k, v = qkv(1, (8, 8), 2, 4)
     said = kernels.explain("neighborhood_attention", q, k, v, kernel_size=(3, 3))
-    assert "torch: taken" in said
+    assert said.count("taken") == 1
+    assert "torch: taken" in said or "torch: could" in said
     assert "reference: could" in said
     with pytest.raises(ValueError, match="Did you mean 'attention'"):
         kernels.explain("atention", q, k, v)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from regard.layers.boxes import bev_iou, corners, intersection_area, rotated_nms
+from regard.layers.graphs import PerformerAttention
 from regard.layouts.points import equal_groups, flattened_windows, grid_coordinates, hilbert_key, morton_key, voxelize
-from regard.systems.graphs.graphgps import PerformerAttention
 
 
 def _clip(polygon, start, stop):

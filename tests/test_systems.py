@@ -49,9 +49,9 @@ def test_variant_has_the_published_counts(name):
     assert check.holds, check.figures
 
 
-@pytest.mark.parametrize("slug", SYSTEMS)
-def test_trains(slug):
-    recipe = proofs(slug).recipe("smoke")
+@pytest.mark.parametrize(("slug", "task"), [(slug, task) for slug in SYSTEMS for task in (None, *proofs(slug).recipes)])
+def test_trains(slug, task):
+    recipe = proofs(slug).recipe_for(task)("smoke")
     result = train(recipe.model, recipe.task, recipe.config, cpu=True)
     assert result.steps == recipe.config.steps
     assert all(math.isfinite(loss) for loss in result.losses)

@@ -1,4 +1,4 @@
-"""Graph tasks: regular graphs that colour refinement cannot tell apart, labels that lie far, and the encodings."""
+"""Graph tasks: regular graphs that colour refinement cannot tell apart, labels that lie far, molecules, and the encodings."""
 
 from collections import Counter, deque
 from pathlib import Path
@@ -9,9 +9,18 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
 
-from regard.layouts.graphs import laplacian_eigenpairs, random_walk_landing
-from regard.tasks import create_task
+from regard.layouts.graphs import (
+    degrees,
+    electrostatic_potentials,
+    heat_kernel_diagonal,
+    laplacian_eigenpairs,
+    random_walk_landing,
+    shortest_paths,
+)
+from regard.proofs import get_proofs
+from regard.tasks import create_task, own_data
 from regard.tasks.graphs import circulant_edges, collate_graphs, path_edges
+from regard.tasks.molecules import ATOMS, VALENCES, WORTH
 from regard.training import TrainConfig, evaluate, train
 
 GOLDEN = Path(__file__).parent / "golden" / "graphgps.model_zinc.safetensors"
@@ -120,6 +129,42 @@ def test_encodings_take_isolated_nodes_and_refuse_wrong_graphs():
         random_walk_landing(EDGES, 4, 0)
     with pytest.raises(ValueError, match="k must"):
         laplacian_eigenpairs(EDGES, 4, 0)
+
+
+def test_heat_and_potentials_of_small_graphs():
+    # The path 0 - 1 has L = [[1, -1], [-1, 1]] with the eigenvalues 0 and 2.
+    two = torch.from_numpy(path_edges(2))
+    assert torch.allclose(heat_kernel_diagonal(two, 2, (0.0, 1.0))[0], torch.tensor([0.5, 0.5 * 2.718281828**-2]))
+    # Its pseudo-inverse is L / 4: the potential at a node of a charge at the other is -1/2, at its own 0.
+    expected = [-0.5, 0, -0.25, 0.5**0.5 / 2, -0.5, 0, -0.25, 0.5**0.5 / 2, -0.5, -0.5]
+    assert torch.allclose(electrostatic_potentials(two, 2)[1], torch.tensor(expected))
+    nothing = torch.zeros(2, 0, dtype=torch.int64)
+    assert not electrostatic_potentials(nothing, 1).any()
+    assert not heat_kernel_diagonal(nothing, 3, (1,)).any()
+    with pytest.raises(ValueError, match="times"):
+        heat_kernel_diagonal(two, 2, ())
+
+
+def test_shortest_paths_of_a_directed_path():
+    edges = torch.tensor([[0, 1, 2, 2, 0], [1, 2, 3, 3, 0]])  # 2 - 3 twice, and a loop
+    incoming, outgoing = degrees(edges, 5)
+    assert incoming.tolist() == [1, 1, 1, 1, 0]
+    assert outgoing.tolist() == [2, 1, 1, 0, 0]
+    distance, types = shortest_paths(edges, 5, 3, torch.tensor([7, 8, 5, 9, 6]))
+    assert distance.view(5, 5).tolist() == [
+        [0, 1, 2, 2, 3],
+        [3, 0, 1, 2, 3],
+        [3, 3, 0, 1, 3],
+        [3, 3, 3, 0, 3],
+        [3] * 4 + [0],
+    ]
+    assert types[2].tolist() == [7, 8, 0]
+    assert types[3].tolist() == [7, 8, 0]  # cut
+    assert types[13].tolist() == [9, 0, 0]  # the last of the two
+    with pytest.raises(ValueError, match="limit"):
+        shortest_paths(edges, 5, 0)
+    with pytest.raises(ValueError, match="edge_types"):
+        shortest_paths(edges, 5, 3, torch.zeros(4, dtype=torch.int64))
 
 
 def test_graph_edges_are_those_of_the_definition():
@@ -278,3 +323,82 @@ def test_wrong_options_are_refused():
     ):
         with pytest.raises(ValueError, match=said):
             create_task(name, **options)
+
+
+# ---------------------------------------------------------------------------------------------- molecules
+
+
+def test_molecules_are_joined_and_keep_their_valences():
+    task = create_task("molecules", train_items=60, eval_items=20)
+    for index in range(30):
+        item = task.train_set[index]
+        assert 9 <= len(item["x"]) <= 37
+        assert len(hops(item, 0)) == len(item["x"])
+        assert item["edge_attr"].min() >= 1
+        bonds = torch.zeros(len(item["x"])).index_add(0, item["edge_index"][1], item["edge_attr"].float())
+        assert (bonds <= torch.tensor(VALENCES)[item["x"]]).all()
+        longest = max(max(hops(item, start).values()) for start in range(len(item["x"])))
+        worth = torch.tensor(WORTH)[item["x"]] * torch.where(item["edge_index"][1].bincount() > 1, 0.5, 1.0)
+        rings = worth.sum() - longest / 20 - item["label"].item()
+        assert rings.round().item() == pytest.approx(rings.item(), abs=1e-4)
+        assert rings > -1e-4
+    assert task.features == {"node_types": len(ATOMS), "edge_types": 3}
+    assert task.trivial()["mae"] > 0.5
+
+
+def own_graphs(kind, count=10):
+    """Paths of 3 to 12 nodes; types say what is asked for."""
+    found = []
+    for index in range(count):
+        nodes = 3 + index
+        x = torch.randint(4, (nodes,), generator=torch.Generator().manual_seed(index))
+        y = {"numbers": x.float().mean().expand(2), "class": x[:1] % 3, "node_classes": x % 2}[kind]
+        found.append({"x": x, "edge_index": torch.from_numpy(path_edges(nodes)), "y": y.clone()})
+    return found
+
+
+@pytest.mark.parametrize(("kind", "metric"), [("numbers", "mae"), ("class", "accuracy"), ("node_classes", "accuracy")])
+def test_own_graphs_train_with_the_recipe(tmp_path, kind, metric):
+    torch.save(own_graphs(kind), tmp_path / "mine.pt")
+    with own_data(str(tmp_path / "mine.pt")):
+        recipe = get_proofs("graphgps").recipe_for("molecules")("smoke")
+    assert (len(recipe.task.train_set), len(recipe.task.eval_set)) == (8, 2)
+    assert recipe.task.features == {"node_types": 4, "edge_types": 1}
+    assert "mine.pt" in recipe.task.description
+    result = train(recipe.model, recipe.task, recipe.config, cpu=True)
+    assert result.metrics.keys() == recipe.task.trivial().keys() == {metric}
+
+
+def test_own_graphs_with_floats_and_a_split_of_their_own(tmp_path):
+    graphs = [one | {"x": torch.randn(len(one["x"]), 3)} for one in own_graphs("class", 4)]
+    for one in graphs:
+        one["edge_attr"] = torch.randn(one["edge_index"].shape[1], 2)
+        one["rwse"] = torch.zeros(len(one["x"]), 20)
+    torch.save({"train": graphs[:3], "val": graphs[3:]}, tmp_path / "mine.pt")
+    task = create_task("molecules", data=tmp_path / "mine.pt")
+    assert task.features == {"in_chans": 3, "edge_chans": 2}
+    assert (len(task.train_set), len(task.eval_set)) == (3, 1)
+    assert not task.train_set[0]["rwse"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda graphs: graphs[:1], "to evaluate"),
+        (lambda graphs: {"train": graphs}, "list of graphs"),
+        (lambda graphs: [{"x": graphs[0]["x"]}, *graphs[1:]], "edge_index and y"),
+        (lambda graphs: [graphs[0] | {"edge_index": graphs[0]["edge_index"] + 9}, *graphs[1:]], "graph .*edge_index"),
+        (lambda graphs: [graphs[0] | {"edge_attr": torch.zeros(1)}, *graphs[1:]], "rows"),
+        (lambda graphs: [graphs[0] | {"edge_attr": torch.zeros(4)}, *graphs[1:]], "in 1 of 10"),
+        (lambda graphs: [graphs[0] | {"y": torch.zeros(2)}, *graphs[1:]], "floats in all"),
+        (lambda graphs: [graphs[0] | {"y": torch.zeros(2, dtype=torch.long)}, *graphs[1:]], "one for each node"),
+        (lambda graphs: [graphs[0] | {"x": torch.zeros(3, 2)}, *graphs[1:]], "columns"),
+        (lambda graphs: [graphs[0] | {"more": object()}, *graphs[1:]], "torch.save"),
+    ],
+)
+def test_own_graphs_that_do_not_fit_are_named(tmp_path, change, said):
+    torch.save(change(own_graphs("class")), tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match=said):
+        create_task("molecules", data=tmp_path / "mine.pt")
+    with pytest.raises(ValueError, match="not there"):
+        create_task("molecules", data=tmp_path / "other.pt")

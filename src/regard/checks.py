@@ -41,6 +41,12 @@ def divisible(argument: str, value: int, by_argument: str, by: int) -> None:
         raise ValueError(f"{argument}={value} must be a multiple of {by_argument}={by} (remainder {value % by}).")
 
 
+def odd(argument: str, *values: int) -> None:
+    """Raise unless each side of a kernel or box is odd, so that it has a middle."""
+    if any(value % 2 == 0 for value in values):
+        raise ValueError(f"{argument} must be odd, so that it has a middle, got {', '.join(map(str, values))}.")
+
+
 def tuple_of(argument: str, value: int | Sequence[int], length: int, minimum: int = 1) -> tuple[int, ...]:
     """One integer for all axes, or one per axis, as a tuple of `length` integers of at least `minimum`."""
     if isinstance(value, int) and not isinstance(value, bool):

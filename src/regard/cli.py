@@ -1,10 +1,11 @@
-"""The command line: compare, verify, train, systems, mixers, models."""
+"""The command line: compare, bench, verify, train, systems, mixers, models."""
 
 from __future__ import annotations
 
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -32,16 +33,20 @@ def _print_json(content: Any) -> None:
     sys.stdout.write(json.dumps(content, indent=1) + "\n")
 
 
-def _shapes(text: str | None) -> tuple[tuple[int, ...], ...]:
+def _shapes(text: str | None, option: str = "--shapes") -> tuple[tuple[int, ...], ...]:
     if not text:
         return ()
     try:
         shapes = tuple(tuple(int(side) for side in shape.split("x")) for shape in text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"--shapes takes sizes like 16x16,32x32, got {text!r}.") from None
+        raise typer.BadParameter(f"{option} takes sizes like 16x16,32x32, got {text!r}.") from None
     if any(side < 1 for shape in shapes for side in shape):
-        raise typer.BadParameter(f"--shapes takes sizes above 0, got {text!r}.")
+        raise typer.BadParameter(f"{option} takes sizes above 0, got {text!r}.")
     return shapes
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip()) if text else ()
 
 
 class _Bar:
@@ -99,9 +104,8 @@ def compare(
 
     if data is not None and task == "scenes":
         task = _task_for(Path(data))
-    names = tuple(name.strip() for name in mixers.split(",") if name.strip()) if mixers else ()
     options = {"data": data, "shapes": _shapes(shapes), "budget": budget, "seeds": seeds}
-    settings = default_settings(task, names, **options)
+    settings = default_settings(task, _names(mixers), **options)
     bar = _Bar()
     try:
         with bar.bar:
@@ -135,6 +139,88 @@ def _task_for(path: Path) -> str:
         if path.exists()
         else f"data={str(path)!r} does not exist."
     )
+
+
+@app.command()
+def bench(
+    target: Annotated[
+        str | None, typer.Argument(help="An op, mixer or model; with --suite one of its bars (default: all).")
+    ] = None,
+    suite: Annotated[bool, typer.Option("--suite", help="The bars that this library is judged by.")] = False,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Op: batch x spatial x heads x head_dim, as 8x56x56x3x32. Mixer: 1x56x56x96. Model: 8x3x224x224. "
+            "Several, to see growth: repeat it or use commas."
+        ),
+    ] = None,
+    kernel_size: Annotated[str | None, typer.Option(help="As 7 or 3x7x7.")] = None,
+    window_size: Annotated[str | None, typer.Option(help="As 7 or 8x7x7.")] = None,
+    dilation: Annotated[str | None, typer.Option(help="As 4 or 1x2x2.")] = None,
+    causal: Annotated[bool, typer.Option("--causal", help="See the past only.")] = False,
+    bias: Annotated[bool, typer.Option("--bias", help="With a bias on the logits.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float64.")] = "float32",
+    mode: Annotated[str, typer.Option(help="forward, or training: a forward and a backward pass.")] = "forward",
+    threads: Annotated[int | None, typer.Option(help="PyTorch's threads; as they are by default.")] = None,
+    peers: Annotated[
+        str | None, typer.Option(help="Names separated by commas, or none; by default all that are installed.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Rounds at most; slow cases take fewer, but three.")] = 15,
+    out: Annotated[Path, typer.Option(help="Results, and a page beside it; bars that it holds already stay.")] = Path(
+        "regard-bench.json"
+    ),
+    as_json: JsonFlag = False,
+) -> None:
+    """How fast, on my shapes? Times an op, mixer or model beside what people would use instead, in turns, checked."""
+    import torch
+
+    from regard.checks import one_of, positive
+    from regard.workbench.bench import run_bar, with_threads
+    from regard.workbench.bench_cases import OPS, Way, make_case
+    from regard.workbench.bench_report import read, remarks, save, table
+    from regard.workbench.bench_suite import BARS
+
+    positive("repeats", repeats)
+    one_of("dtype", dtype, ("float32", "bfloat16", "float64"))
+    way = Way(one_of("mode", mode, ("forward", "training")), getattr(torch, dtype), target or "")
+    sizes = {"--kernel-size": kernel_size, "--window-size": window_size, "--dilation": dilation}
+    options: dict[str, Any] = {name[2:].replace("-", "_"): _sizes(name, text) for name, text in sizes.items() if text}
+    options |= {name: True for name, asked in (("causal", causal), ("bias", bias)) if asked}
+    if suite and (options or shape or (mode, dtype) != ("forward", "float32")):
+        raise ValueError("the bars of --suite have their own shapes and options; leave yours out.")
+    if suite:
+        bars = {name: BARS[one_of("bar", name, BARS)]() for name in ([target] if target else BARS)}
+    elif target is None:
+        raise ValueError(f"name an op ({', '.join(OPS)}), a mixer (`regard mixers`) or a model (`regard models`).")
+    else:
+        shapes = [one for text in shape or [] for one in _shapes(text, "--shape")] or [()]
+        bars = {target: [make_case(target, one, way, **options) for one in shapes]}
+    known = {contender.name for cases in bars.values() for case in cases for contender in case.contenders[1:]}
+    chosen = None if peers is None else [one_of("peer", name, [*known, "none"]) for name in _names(peers)]
+    results = read(out)
+    with with_threads(threads):
+        for name, cases in bars.items():
+            about = (BARS[name].__doc__ or "") if suite else ""
+            note = partial(notes.print, highlight=False)
+            bar = run_bar(name, cases, about, peers=chosen, repeats=repeats, note=note)
+            results["bars"][name] = bar
+            save(results, out)
+            if not as_json:
+                console.print(f"{name}: {about}" if about else "", highlight=False)
+                for case in bar["cases"]:
+                    console.print(table(case))
+                for line in remarks(bar):
+                    console.print(f"* {line}", style="yellow", markup=False)
+    if as_json:
+        _print_json({name: results["bars"][name] for name in bars})
+    else:
+        console.print(f"Page: {out.with_suffix('.md')}  Data: {out}", highlight=False)
+
+
+def _sizes(option: str, text: str) -> int | tuple[int, ...]:
+    """`7` or `3x7x7`."""
+    (sizes,) = _shapes(text.replace(",", "x"), option)
+    return sizes[0] if len(sizes) == 1 else sizes
 
 
 @app.command()
@@ -223,11 +309,16 @@ def _colour(text: str) -> str:
 
 
 @app.command()
-def mixers(as_json: JsonFlag = False) -> None:
+def mixers(
+    compile_too: Annotated[
+        bool, typer.Option("--compile", help="Also try torch.compile and torch.export, seconds each.")
+    ] = False,
+    as_json: JsonFlag = False,
+) -> None:
     """Every mixer, and what it can do: tried here and now, not read from a list."""
     from regard.workbench.matrix import capabilities
 
-    rows = capabilities()
+    rows = capabilities(compile_too)
     if as_json:
         _print_json(rows)
         return
@@ -276,13 +367,16 @@ def models(
 def train(
     slug: Annotated[str, typer.Argument(help="A system.")],
     preset: Annotated[str, typer.Option(help="smoke, small (minutes on two cores) or paper.")] = "small",
+    task: Annotated[
+        str | None, typer.Option(help="Another task that the system has a recipe for, like shapes.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Your own folder or file in place of the task's data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, batch order and dropout.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Keeps checkpoints; start again with it to go on.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a system on its own task, here or under torchrun."""
+    """Train a system on its own task or on your data, here or under torchrun."""
     import torch
 
     from regard.checks import one_of
@@ -297,8 +391,9 @@ def train(
     if proofs is None:
         raise ValueError(f"system {slug!r} has no recipe yet.")
     torch.manual_seed(seed)
+    build = proofs.recipe_for(task)
     with own_data(data):
-        recipe = proofs.recipe(cast(Any, preset))
+        recipe = build(cast(Any, preset))
     config = replace(recipe.config, seed=seed, save_every=recipe.config.save_every or 100)
     if steps is not None:
         config = replace(config, steps=steps)

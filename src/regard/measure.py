@@ -16,14 +16,15 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def interleaved_seconds(
-    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 9, seconds: float = 1.0
+    runs: Mapping[str, Callable[[], Any]], *, rounds: int = 9, seconds: float = 1.0, least: float = 0.0
 ) -> dict[str, list[float]]:
     """Wall times of several candidates, taken in turns (A B C A B C ...), so that drift hits all of them alike.
 
     Every candidate is run once to warm up. Rounds stop early (never below three) once `seconds` per candidate are spent.
+    A turn lasts at least about `least` seconds: what is quicker is called several times, and the mean counts, so that
+    it does not pay for the caches that the candidate before it has filled.
     """
-    for run in runs.values():
-        run()
+    calls = {name: _calls(run, least) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     started = time.perf_counter()
     for index in range(rounds):
@@ -31,9 +32,21 @@ def interleaved_seconds(
             break
         for name, run in runs.items():
             begin = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - begin)
+            for _ in range(calls[name]):
+                run()
+            times[name].append((time.perf_counter() - begin) / calls[name])
     return times
+
+
+def _calls(run: Callable[[], Any], least: float) -> int:
+    """Warm up; how many calls last `least` seconds."""
+    for _ in range(2):  # the first may pay for what is set up once
+        begin = time.perf_counter()
+        run()
+        taken = time.perf_counter() - begin
+        if taken >= least:
+            return 1
+    return math.ceil(least / taken)
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:

@@ -1,8 +1,9 @@
 """The dispatcher: each op has several paths (reference, plain PyTorch, compiled kernels); `backend=` picks one.
 
 A path is a function with the op's own signature and a `refuses` function, which looks at the same arguments and returns
-why it cannot take them, or None. `backend="auto"` takes the first registered path, in order of preference, that does not
-refuse. A named backend either runs or raises with the reason, so that a measurement never compares a path with itself.
+why it cannot take them, or None. `backend="auto"` takes the first registered path, in order of preference, that neither
+refuses nor declines: a path declines what it can compute, but not well. A named backend either runs or raises with the
+reason, so that a measurement never compares a path with itself.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ class OpPath:
     backend: str
     run: Callable[..., Any]
     refuses: Callable[..., str | None] = _never
+    declines: Callable[..., str | None] = _never
 
 
 _PATHS: dict[str, list[OpPath]] = {}
@@ -54,7 +56,7 @@ def backends(op: str) -> list[str]:
 def _choose(op: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpPath:
     if backend == "auto":
         for path in _PATHS[op]:
-            if path.refuses(*args, **kwargs) is None:
+            if path.refuses(*args, **kwargs) is None and path.declines(*args, **kwargs) is None:
                 return path
         raise ValueError(f"no path of {op} takes these arguments:\n{explain(op, *args, **kwargs)}")
     for path in _PATHS[op]:
@@ -81,6 +83,8 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         reason = path.refuses(*args, **kwargs)
         if reason is not None:
             lines.append(f"{path.backend}: cannot, {reason}")
+        elif (reason := path.declines(*args, **kwargs)) is not None:
+            lines.append(f"{path.backend}: only by name, {reason}")
         elif taken:
             lines.append(f"{path.backend}: could")
         else:

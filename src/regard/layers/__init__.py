@@ -1,17 +1,21 @@
 """Small modules that many systems share. Everything takes and gives channels-last tensors `(batch, *spatial, channels)`."""
 
 from regard.layers.attention import Identity, LinearAttention, SoftmaxAttention, split_qkv
-from regard.layers.block import Block
+from regard.layers.auxiliary import attach_loss
+from regard.layers.block import Block, ContextBlock, PositionedBlock
 from regard.layers.conv import Conv1d, Conv2d, Conv3d, PixelShuffle, SqueezeExcite, conv, depthwise, pad_same
+from regard.layers.conv_norm import LEVIT_NAMES, ConvNorm, RepConv, Residual, flat_kernels, fuse
 from regard.layers.cross_shaped import CrossShaped, LePEAttention
 from regard.layers.drop import DropPath, LayerScale, linear_rates
-from regard.layers.init import vit_init
+from regard.layers.init import fan_out_init, kernel_init, vit_init
 from regard.layers.mbconv import MBConv
 from regard.layers.mixer import Cost, Mixer, heads_of
-from regard.layers.mlp import GatedMlp, Mlp
+from regard.layers.mlp import ConvMlp, GatedMlp, Mlp
 from regard.layers.norm import BatchNorm, GlobalNorm, SimpleRMSNorm
-from regard.layers.patch import ConvEmbed, PatchEmbed, PatchMerging
+from regard.layers.patch import ConvEmbed, ConvStem, PatchEmbed, PatchMerging
 from regard.layers.position import (
+    DistanceBias,
+    DynamicPositionBias,
     PositionTable,
     RelativePositionBias,
     alibi_slopes,
@@ -24,18 +28,27 @@ from regard.layers.position import (
 )
 from regard.layers.projected import ProjectedCore
 from regard.layers.reduction import SpatialReductionAttention
+from regard.layers.spectral import GlobalFilter
 
 __all__ = [
+    "LEVIT_NAMES",
     "BatchNorm",
     "Block",
+    "ContextBlock",
     "Conv1d",
     "Conv2d",
     "Conv3d",
     "ConvEmbed",
+    "ConvMlp",
+    "ConvNorm",
+    "ConvStem",
     "Cost",
     "CrossShaped",
+    "DistanceBias",
     "DropPath",
+    "DynamicPositionBias",
     "GatedMlp",
+    "GlobalFilter",
     "GlobalNorm",
     "Identity",
     "LayerScale",
@@ -48,16 +61,24 @@ __all__ = [
     "PatchMerging",
     "PixelShuffle",
     "PositionTable",
+    "PositionedBlock",
     "ProjectedCore",
     "RelativePositionBias",
+    "RepConv",
+    "Residual",
     "SimpleRMSNorm",
     "SoftmaxAttention",
     "SpatialReductionAttention",
     "SqueezeExcite",
     "alibi_slopes",
+    "attach_loss",
     "conv",
     "depthwise",
+    "fan_out_init",
+    "flat_kernels",
+    "fuse",
     "heads_of",
+    "kernel_init",
     "linear_rates",
     "pad_same",
     "relative_index",

@@ -134,6 +134,7 @@ class LinearAttention(Mixer):
 class Identity(Mixer):
     """No mixing: out = x. What a comparison needs to show that mixing matters at all."""
 
+    has_heads: ClassVar[bool] = False
     can_causal: ClassVar[bool] = True
     can_stream: ClassVar[bool] = True
 

@@ -47,22 +47,31 @@ def depthwise(dim: int, kernel_size: int, *, dims: int = 2, bias: bool = True) -
 
 
 class SqueezeExcite(nn.Module):
-    """x * sigmoid(fc2(act(fc1(mean over space of x)))) (Hu et al., 2018), channels last.
+    """x * gate(fc2(act(fc1(mean over space of x)))) (Hu et al., 2018), channels last.
 
     Args:
-        hidden: inner width.
+        hidden: inner width. gate: sigmoid, or what a system has in its place. bias: of both linear layers.
     """
 
-    def __init__(self, dim: int, hidden: int, *, act: Callable[[], nn.Module] = nn.ReLU) -> None:
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        *,
+        act: Callable[[], nn.Module] = nn.ReLU,
+        gate: Callable[[], nn.Module] = nn.Sigmoid,
+        bias: bool = True,
+    ) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
+        self.fc1 = nn.Linear(dim, hidden, bias=bias)
         self.act = act()
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc2 = nn.Linear(hidden, dim, bias=bias)
+        self.gate = gate()
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
         axes = tuple(range(1, x.dim() - 1))
-        return x * self.fc2(self.act(self.fc1(x.mean(axes, keepdim=True)))).sigmoid()
+        return x * self.gate(self.fc2(self.act(self.fc1(x.mean(axes, keepdim=True)))))
 
 
 def pad_same(x: Tensor, kernel_size: int, stride: int) -> Tensor:

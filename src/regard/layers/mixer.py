@@ -39,6 +39,9 @@ class Mixer(nn.Module):
     can_stream: ClassVar[bool] = False
     """If causal, has `step(x_t, state) -> (y_t, state)`; feeding tokens one by one equals `forward`."""
 
+    has_heads: ClassVar[bool] = True
+    """`num_heads` must divide `dim`. Without heads it is taken, so that every mixer is built alike, and ignored."""
+
     dim: int
     axes: int | None = None
     """Number of spatial axes that this instance is tied to by its parameters; None if it takes all of `dims`."""

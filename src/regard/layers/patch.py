@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor, nn
 
 from regard.layers.conv import Conv2d
+from regard.layers.norm import BatchNorm
 from regard.layouts.windows import pad_to_multiple
 
 
@@ -41,6 +44,32 @@ class ConvEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Channels-last image or tokens in, channels-last tokens out."""
         return self.norm(self.proj(pad_to_multiple(x, (self.stride, self.stride))))
+
+
+class ConvStem(nn.Sequential):
+    """3 x 3 convolutions, each with BatchNorm, an activation between them: `(B, H, W, C)` -> `(B, H', W', dims[-1])`.
+
+    With one convolution it is the usual step down between two stages. A stride of 2 halves a side, rounded up.
+
+    Args:
+        dims, strides: of each convolution.
+        act: the activation. act_first: it stands before each BatchNorm (as in STViT), the last included.
+    """
+
+    def __init__(
+        self,
+        in_chans: int,
+        dims: Sequence[int],
+        strides: Sequence[int],
+        *,
+        act: Callable[[], nn.Module] = nn.GELU,
+        act_first: bool = False,
+    ) -> None:
+        layers: list[nn.Module] = []
+        for width, wider, stride in zip([in_chans, *dims[:-1]], dims, strides, strict=True):
+            conv, norm = Conv2d(width, wider, 3, stride=stride, padding=1), BatchNorm(wider)
+            layers += [conv, act(), norm] if act_first else [conv, norm, act()]
+        super().__init__(*(layers if act_first else layers[:-1]))
 
 
 class PatchMerging(nn.Module):

@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from regard.layouts import tables
 
 
 def relative_index(window_size: Sequence[int], sign: Literal["query-key", "key-query"] = "query-key") -> Tensor:
@@ -25,7 +28,8 @@ def relative_index(window_size: Sequence[int], sign: Literal["query-key", "key-q
 class RelativePositionBias(nn.Module):
     """A learned bias for each head and relative offset in a window.
 
-    `table` is `(prod(2 size - 1), heads)`; calling the module gives `(heads, M, M)` with M = prod(window_size).
+    `table` is `(prod(2 size - 1), heads)`; calling the module gives `(heads, M, M)` with M = prod(window_size), or the
+    part of it among the tokens of a smaller window.
     """
 
     index: Tensor
@@ -44,12 +48,88 @@ class RelativePositionBias(nn.Module):
         nn.init.trunc_normal_(self.table, std=std)
         self.register_buffer("index", relative_index(window_size, sign), persistent=False)
 
-    def forward(self) -> Tensor:
-        """The bias of every head and (query, key) pair: `(heads, M, M)`."""
-        return self.table[self.index].permute(2, 0, 1)
+    def forward(self, size: Sequence[int] | None = None) -> Tensor:
+        """The bias of every head and (query, key) pair of a window of `size`, by default the whole: `(heads, M, M)`."""
+        bias = self.table[self.index].permute(2, 0, 1)
+        if size is None or tuple(size) == self.window_size:
+            return bias
+        axes = len(self.window_size)
+        bias = bias.unflatten(2, self.window_size).unflatten(1, self.window_size)
+        for axis, length in enumerate(size):
+            bias = bias.narrow(1 + axis, 0, length).narrow(1 + axes + axis, 0, length)
+        return bias.flatten(1 + axes, 2 * axes).flatten(1, axes)
 
     def extra_repr(self) -> str:
         return f"window_size={self.window_size}, num_heads={self.table.shape[1]}"
+
+
+@tables.table
+def _offsets(*window_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """All offsets in a window `(prod(2 size - 1), axes)`, and which of them every (query, key) pair has `(M, M)`."""
+    wide = [2 * size - 1 for size in window_size]
+    offsets = np.stack(np.unravel_index(np.arange(math.prod(wide)), wide), -1) - np.array(window_size) + 1
+    places = np.stack(np.unravel_index(np.arange(math.prod(window_size)), window_size))
+    index = np.ravel_multi_index(
+        tuple(places[:, :, None] - places[:, None] + np.array(window_size)[:, None, None] - 1), wide
+    )
+    return offsets.astype(np.float32), index
+
+
+@tables.table
+def _distance_index(*grid: int) -> tuple[np.ndarray]:
+    """Which of prod(grid) distances every pair of places has, `(N, N)`: distances along the axes, row-major."""
+    places = np.stack([axis.ravel() for axis in np.indices(grid)])
+    return (np.ravel_multi_index(tuple(np.abs(places[:, :, None] - places[:, None])), grid),)
+
+
+class DistanceBias(nn.Module):
+    """A learned bias for each head and distance along each axis of a grid (LeViT, Graham et al., 2021, section 4.2).
+
+    `table` is `(heads, prod(grid))`, zero at first. On grids of another size it is interpolated.
+    """
+
+    def __init__(self, grid: Sequence[int], num_heads: int) -> None:
+        super().__init__()
+        self.grid = tuple(grid)
+        self.table = nn.Parameter(torch.zeros(num_heads, math.prod(grid)))
+
+    def forward(self, spatial: Sequence[int]) -> Tensor:
+        """The bias of every head and (query, key) pair: `(heads, N, N)` with N = prod(spatial)."""
+        table = resize_map(self.table.unflatten(1, self.grid)[None], spatial)[0].flatten(1)
+        (index,) = _distance_index(*spatial)
+        return table[:, index.to(table.device)]
+
+    def extra_repr(self) -> str:
+        return f"grid={self.grid}, num_heads={self.table.shape[0]}"
+
+
+class DynamicPositionBias(nn.Module):
+    r"""A bias for each head and relative offset that a small network computes from the offset (CrossFormer, section 3.3).
+
+    $$b = f_3(f_2(f_1(W o))),\quad f_i(x) = W_i\,\mathrm{ReLU}(\mathrm{LN}(x)) + b_i$$
+
+    with o the offset `(axes,)` of query minus key and b `(heads,)`. The same weights serve windows of every size.
+
+    Args:
+        hidden: width of the network. With fewer than 3 channels its norms leave hardly any of the offset.
+        axes: number of spatial axes.
+    """
+
+    def __init__(self, num_heads: int, hidden: int, *, axes: int = 2) -> None:
+        super().__init__()
+        self.embed = nn.Linear(axes, hidden)
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(nn.LayerNorm(hidden), nn.ReLU(), nn.Linear(hidden, width))
+                for width in (hidden, hidden, num_heads)
+            )
+        )
+
+    def forward(self, window_size: Sequence[int]) -> Tensor:
+        """The bias of every head and (query, key) pair of a window: `(heads, M, M)`."""
+        offsets, index = _offsets(*window_size)
+        biases = self.layers(self.embed(offsets.to(self.embed.weight)))
+        return biases[index.to(biases.device)].permute(2, 0, 1)
 
 
 def resize_table(table: Tensor, old: Sequence[int], new: Sequence[int], mode: str = "bicubic") -> Tensor:

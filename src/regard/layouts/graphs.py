@@ -1,7 +1,8 @@
-"""Encodings of nodes by the graph around them: random walks that return, and eigenvectors of the Laplacian.
+"""Encodings of nodes by the graph around them: walks, eigenvectors, heat, potentials, degrees and shortest paths.
 
 Graphs come as `edge_index` (2, E) int64, source above target, an undirected edge in both directions; an edge that comes
-twice counts twice. Both functions work on a dense (N, N) matrix, so N is meant to be at most a few thousand.
+twice counts twice, but for degrees and paths. The functions work on all pairs of nodes, so N is meant to be at most a few
+thousand (a few hundred for shortest paths).
 """
 
 from __future__ import annotations
@@ -70,12 +71,21 @@ def laplacian_eigenpairs(
     Raises:
         ValueError: if an edge lacks its reverse, for then the eigenvalues need not be real.
     """
-    one_of("normalization", normalization, ("none", "sym", "rw"))
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}.")
+    values, vectors = _eigenpairs(edge_index, num_nodes, normalization)
+    missing = max(0, k - num_nodes)
+    values = torch.nn.functional.pad(values[:k].clamp(min=0), (0, missing), value=float("nan"))
+    vectors = torch.nn.functional.pad(vectors[:, :k], (0, missing), value=float("nan"))
+    return vectors.float(), values.float()
+
+
+def _eigenpairs(edge_index: Tensor, num_nodes: int, normalization: Normalization) -> tuple[Tensor, Tensor]:
+    """All eigenvalues (N,), ascending, and eigenvectors (N, N), of length 1, in float64."""
+    one_of("normalization", normalization, ("none", "sym", "rw"))
     a = adjacency(edge_index, num_nodes)
     if not torch.equal(a, a.T):
-        raise ValueError("laplacian_eigenpairs needs an undirected graph: edge_index must hold every edge both ways.")
+        raise ValueError("the Laplacian needs an undirected graph: edge_index must hold every edge both ways.")
     degree = a.sum(1)
     laplacian, scale = degree.diag() - a, torch.where(degree > 0, degree, 1.0).rsqrt()
     if normalization != "none":
@@ -84,10 +94,118 @@ def laplacian_eigenpairs(
     if normalization == "rw":  # D^-1/2 u is an eigenvector of I - D^-1 A where u is one of the symmetric form
         vectors = scale[:, None] * vectors
         vectors = vectors / vectors.norm(dim=0)
-    missing = max(0, k - num_nodes)
-    values = torch.nn.functional.pad(values[:k].clamp(min=0), (0, missing), value=float("nan"))
-    vectors = torch.nn.functional.pad(vectors[:, :k], (0, missing), value=float("nan"))
-    return vectors.float(), values.float()
+    return values, vectors
+
+
+def heat_kernel_diagonal(edge_index: Tensor, num_nodes: int, times: Sequence[float]) -> Tensor:
+    r"""How much more heat than its share a node has kept after each of some times: `diag(exp(-t L))` less its limit.
+
+    $$h_i(t) = \sum_{\lambda_k > 10^{-8}} e^{-t \lambda_k} v_{ik}^2$$
+
+    with the eigenpairs of L = D - A. The eigenvalues 0 are left out: what they stand for never goes away.
+
+    Returns:
+        (N, times) float32.
+
+    Raises:
+        ValueError: if an edge lacks its reverse.
+    """
+    if not len(times):
+        raise ValueError("times must name at least one time, got none.")
+    values, vectors = _eigenpairs(edge_index, num_nodes, "none")
+    left = torch.exp(-torch.tensor(times, dtype=values.dtype, device=values.device)[:, None] * values)
+    return (vectors.square() @ (left * (values >= 1e-8)).T).float()
+
+
+def electrostatic_potentials(edge_index: Tensor, num_nodes: int) -> Tensor:
+    """Ten statistics of the potentials between each node and all others (Kreuzer et al., 2021, arXiv 2106.03893).
+
+    The potential at j of a charge at i is `P[i, j] - P[j, j]`, with P the pseudo-inverse of D - A. For node v come the
+    smallest, largest and mean value and the standard deviation of column v, the same four of row v, and the mean over
+    neighbours: `sum_i (D^-1 A)[i, v] p[i, v]` and `sum_j (D^-1 A)[v, j] p[v, j]`. A standard deviation over one node, and a
+    mean over no neighbours, is 0.
+
+    Departures from the release of GraphGPS: there nodes without edges give NaN, and P is taken in float32 with a cut-off
+    below its rounding, so that it holds the inverse of a rounding error.
+
+    Returns:
+        (N, 10) float32.
+
+    Raises:
+        ValueError: if an edge lacks its reverse.
+    """
+    values, vectors = _eigenpairs(edge_index, num_nodes, "none")
+    keep = values >= 1e-8
+    inverse = (vectors * torch.where(keep, 1 / values.clamp(min=1e-8), 0.0)) @ vectors.T
+    potential = inverse - inverse.diagonal()
+    a = adjacency(edge_index, num_nodes).fill_diagonal_(0)
+    near = potential * a / a.sum(1, keepdim=True).clamp(min=1)
+    correction = min(1, num_nodes - 1)  # of one node: 0, not 0 / 0
+    statistics = [
+        statistic
+        for axis in (0, 1)
+        for statistic in (
+            potential.amin(axis),
+            potential.amax(axis),
+            potential.mean(axis),
+            potential.std(axis, correction=correction),
+        )
+    ]
+    return torch.stack([*statistics, near.sum(0), near.sum(1)], 1).float()
+
+
+def degrees(edge_index: Tensor, num_nodes: int) -> tuple[Tensor, Tensor]:
+    """How many nodes have an edge to each node, and from each node: (N,) int64 twice."""
+    joined = adjacency(edge_index, num_nodes) > 0
+    return joined.sum(0), joined.sum(1)
+
+
+def shortest_paths(
+    edge_index: Tensor, num_nodes: int, limit: int, edge_types: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """How many edges the shortest path between each two nodes has, and of which types they are.
+
+    Of several shortest paths it is the one that a breadth-first search finds first that follows edges in their order.
+
+    Args:
+        limit: longer paths are cut to their first `limit` - 1 edges.
+        edge_types: (E,) integers, all 0 by default. Of edges that come twice the last has the say.
+
+    Returns:
+        distance (N * N,) int64, for source after source: the number of edges, at most `limit` - 1, or `limit` where there is
+        no path; types (N * N, limit) int64, from the source on, 0 beyond the end of the path.
+
+    Raises:
+        ValueError: for a limit below 1, or edge types that are no integers (E,).
+    """
+    adjacency(edge_index, num_nodes)  # checks edge_index
+    if limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
+    if edge_types is None:
+        edge_types = torch.zeros_like(edge_index[0])
+    if edge_types.shape != edge_index.shape[1:] or edge_types.is_floating_point():
+        raise ValueError(
+            f"edge_types must be {edge_index.shape[1]} integers, one for each edge, got {edge_types.dtype} of shape "
+            f"{tuple(edge_types.shape)}."
+        )
+    near: list[dict[int, int]] = [{} for _ in range(num_nodes)]
+    for source, target, kind in zip(*edge_index.tolist(), edge_types.tolist(), strict=True):
+        near[source][target] = kind
+    distance = torch.full((num_nodes, num_nodes), limit)
+    types = torch.zeros(num_nodes, num_nodes, limit, dtype=torch.int64)
+    for source in range(num_nodes):
+        paths: dict[int, tuple[int, ...]] = {source: ()}
+        queue = [source]
+        for node in queue:
+            for other, kind in near[node].items():
+                if other not in paths:
+                    paths[other] = paths[node] if len(paths[node]) == limit - 1 else (*paths[node], kind)
+                    queue.append(other)
+        for target, path in paths.items():
+            distance[source, target] = len(path)
+            types[source, target, : len(path)] = torch.tensor(path, dtype=torch.int64)
+    device = edge_index.device
+    return distance.flatten().to(device), types.flatten(0, 1).to(device)
 
 
 def grid_edges(spatial: Sequence[int], device: torch.device | str | None = None) -> tuple[Tensor, Tensor]:

@@ -105,7 +105,7 @@ def map_windows(function: Callable[..., Tensor], sizes: Sequence[int], *grids: T
             return torch.cat([map_windows(function, sizes, *part) for part in parts], 1 + axis)
     groups = [partition(grid, sizes).flatten(0, 1).unflatten(1, sizes) for grid in grids]
     out = function(*groups).flatten(1, axes)
-    return unpartition(out.unflatten(0, (grids[0].shape[0], -1)), sizes, spatial)
+    return unpartition(out.unflatten(0, (grids[0].shape[0], math.prod(spatial) // math.prod(sizes))), sizes, spatial)
 
 
 def shift_regions(spatial: Sequence[int], padded: Sequence[int], sizes: Sequence[int], shift: Sequence[int]) -> Tensor:

@@ -10,6 +10,8 @@ from regard.ops.landmark import landmark_attention
 from regard.ops.linear import LinearState, linear_attention, linear_attention_step
 from regard.ops.merge import merge_attention
 from regard.ops.neighborhood import neighborhood_attention
+from regard.ops.routed import routed_attention
+from regard.ops.scan import selective_scan
 from regard.ops.window import window_attention
 
 __all__ = [
@@ -21,5 +23,7 @@ __all__ = [
     "linear_attention_step",
     "merge_attention",
     "neighborhood_attention",
+    "routed_attention",
+    "selective_scan",
     "window_attention",
 ]

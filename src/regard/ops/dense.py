@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard import checks
-from regard.kernels import OpPath, register, run
+from regard.kernels import OpPath, flash, flex, register, run
+from regard.kernels.cpu import paths as cpu
 from regard.ops import reference
 
 
@@ -124,5 +125,8 @@ def _macs(q: Tensor, k: Tensor, v: Tensor, **_: object) -> int:
     return pairs * (q.shape[-1] + v.shape[-1])
 
 
+register("attention", OpPath("cpu", cpu.decode_attention, cpu.refuses_decode))
+register("attention", OpPath("flash", flash.attention, flash.refuses_attention))
+register("attention", OpPath("flex", flex.attention, flex.refuses, flex.declines_attention))
 register("attention", OpPath("torch", _torch), macs=_macs)
 register("attention", OpPath("reference", reference.attention))

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard import checks
-from regard.kernels import OpPath, register, run
+from regard.kernels import OpPath, flash, flex, register, run
+from regard.kernels.cpu import paths as cpu
 from regard.layouts.ragged import buckets, check_offsets
 from regard.ops import reference
 
@@ -89,5 +90,8 @@ def _macs(q: Tensor, k: Tensor, v: Tensor, offsets: Tensor, *, key_offsets: Tens
     return int(pairs) * q.shape[1] * (q.shape[-1] + v.shape[-1])
 
 
+register("grouped_attention", OpPath("cpu", cpu.grouped_attention, cpu.refuses))
+register("grouped_attention", OpPath("flash", flash.grouped_attention, flash.refuses_grouped))
+register("grouped_attention", OpPath("flex", flex.grouped_attention, flex.refuses, flex.declines_grouped))
 register("grouped_attention", OpPath("torch", _torch), macs=_macs)
 register("grouped_attention", OpPath("reference", reference.grouped_attention))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from regard import checks
-from regard.kernels import OpPath, register, run
+from regard.kernels import OpPath, fla, register, run
+from regard.kernels.cpu import paths as cpu
 from regard.ops import reference
 
 _CHUNK = 128
@@ -164,6 +166,14 @@ def _blocks(
     return torch.cat(outs, 2) if len(outs) > 1 else outs[0], LinearState(kv, total)
 
 
+def _with_state(path: Callable[..., Any]) -> Callable[..., Tensor | tuple[Tensor, LinearState]]:
+    def call(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor | tuple[Tensor, LinearState]:
+        result = path(q, k, v, **options)
+        return (result[0], LinearState(*result[1])) if isinstance(result, tuple) else result
+
+    return call
+
+
 def _refuses_state(*_: object, state: object = None, return_state: bool = False, **__: object) -> str | None:
     return "the reference carries no state" if state is not None or return_state else None
 
@@ -174,5 +184,7 @@ def _macs(q: Tensor, k: Tensor, v: Tensor, **_: object) -> int:
     return q.shape[0] * q.shape[-2] * per_head
 
 
+register("linear_attention", OpPath("cpu", _with_state(cpu.linear_attention), cpu.refuses_linear))
+register("linear_attention", OpPath("fla", _with_state(fla.linear_attention), fla.refuses_linear, fla.declines_linear))
 register("linear_attention", OpPath("torch", _torch), macs=_macs)
 register("linear_attention", OpPath("reference", reference.linear_attention, _refuses_state))

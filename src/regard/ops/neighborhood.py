@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regard import checks
-from regard.kernels import OpPath, register, run
+from regard.kernels import OpPath, flex, natten, register, run
+from regard.kernels.cpu import paths as cpu
 from regard.layouts.neighborhoods import AxisTiles, axis_tiles
 from regard.ops import reference
 
@@ -220,5 +221,10 @@ def _macs(q: Tensor, k: Tensor, v: Tensor, *, kernel_size: Sequence[int], **_: o
     return q.shape[0] * math.prod(q.shape[1:-1]) * math.prod(kernel_size) * (q.shape[-1] + v.shape[-1])
 
 
+register("neighborhood_attention", OpPath("cpu", cpu.neighborhood_attention, cpu.refuses))
+register("neighborhood_attention", OpPath("natten", natten.neighborhood_attention, natten.refuses_neighborhood))
+register(
+    "neighborhood_attention", OpPath("flex", flex.neighborhood_attention, flex.refuses, flex.declines_neighborhood)
+)
 register("neighborhood_attention", OpPath("torch", _torch), macs=_macs)
 register("neighborhood_attention", OpPath("reference", reference.neighborhood_attention))

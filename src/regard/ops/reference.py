@@ -198,3 +198,31 @@ def merge_attention(outs: Sequence[Tensor], lses: Sequence[Tensor]) -> tuple[Ten
     total = sum(lse.exp() for lse in lses)
     merged = sum(out * (lse.exp() / total)[..., None] for out, lse in zip(outs, lses, strict=True))
     return merged, total.log()  # type: ignore[return-value,union-attr]
+
+
+def routed_attention(q: Tensor, k: Tensor, v: Tensor, index: Tensor, *, scale: float | None = None) -> Tensor:
+    """Dense attention, block by block, to the chosen blocks laid end to end."""
+    outs = []
+    for element in range(q.shape[0]):
+        for block in range(q.shape[1]):
+            keys, values = (
+                torch.cat([x[element, chosen] for chosen in index[element, block].tolist()]) for x in (k, v)
+            )
+            outs.append(attention(q[None, element, block], keys[None], values[None], scale=scale)[0])
+    if not outs:
+        return q.new_zeros(*q.shape[:-1], v.shape[-1]) + 0.0 * (k.sum() + v.sum())
+    return torch.stack(outs).unflatten(0, q.shape[:2])  # type: ignore[arg-type]
+
+
+def selective_scan(
+    x: Tensor, dt: Tensor, a: Tensor, b: Tensor, c: Tensor, *, skip: Tensor | None = None, state: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """A loop over time."""
+    h = x.new_zeros(x.shape[0], *a.shape) if state is None else state
+    outs = []
+    for t in range(x.shape[1]):
+        step, here = dt[:, t, :, None], x[:, t, :, None]
+        h = (step * a).exp() * h + step * here * b[:, t, None]
+        outs.append((h * c[:, t, None]).sum(-1))
+    y = torch.stack(outs, 1) if outs else x
+    return (y if skip is None else y + skip * x), h

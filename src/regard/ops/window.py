@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from regard import checks
-from regard.kernels import OpPath, register, run
+from regard.kernels import OpPath, flex, register, run
+from regard.kernels.cpu import paths as cpu
 from regard.layouts import windows
 from regard.ops import reference
 
@@ -125,5 +126,7 @@ def _macs(q: Tensor, k: Tensor, v: Tensor, *, window_size: Sequence[int], **_: o
     return q.shape[0] * q.shape[-2] * padded * math.prod(window_size) * (q.shape[-1] + v.shape[-1])
 
 
+register("window_attention", OpPath("cpu", cpu.window_attention, cpu.refuses))
+register("window_attention", OpPath("flex", flex.window_attention, flex.refuses, flex.declines_window))
 register("window_attention", OpPath("torch", _torch), macs=_macs)
 register("window_attention", OpPath("reference", reference.window_attention))

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import nn
 
+from regard.checks import one_of
 from regard.proofs.recordings import Recorded
 from regard.tasks.base import Task
 from regard.training import TrainConfig
@@ -37,11 +38,16 @@ class Check:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A system on its own task: model, data and how to train it."""
+    """A system on its own task: model, data and how to train it.
+
+    Args:
+        note: what a reader of the result should know of how the recipe came about.
+    """
 
     model: nn.Module
     task: Task
     config: TrainConfig
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,7 @@ class Proofs:
         recordings: runs of the authors' code to equal, outputs and gradients.
         checks: further exactness checks (against an independent slow form of the paper's equations, for instance).
         recipe: preset -> model, task and training configuration of the "trains" proof.
+        recipes: the same for further tasks, by the task's name.
         claims: preset -> the paper's claim as a controlled experiment.
     """
 
@@ -59,6 +66,19 @@ class Proofs:
     claims: tuple[Callable[[Preset], Check], ...]
     recordings: tuple[Recorded, ...] = ()
     checks: tuple[Callable[[], Check], ...] = field(default=())
+    recipes: Mapping[str, Callable[[Preset], Recipe]] = field(default_factory=dict)
+
+    def recipe_for(self, task: str | None) -> Callable[[Preset], Recipe]:
+        """The recipe for a task; None is the system's own.
+
+        Raises:
+            ValueError: for a task that the system has no recipe for.
+        """
+        if task is None or task in self.recipes:
+            return self.recipe if task is None else self.recipes[task]
+        own = self.recipe("smoke").task.name
+        one_of("task", task, (own, *self.recipes))
+        return self.recipe
 
 
 def get_proofs(slug: str) -> Proofs | None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from regard.flops import count_params
 from regard.layers import SoftmaxAttention
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import cost_growth, over_variants, reach
+from regard.proofs.experiments import OppositeHue, cost_growth, over_variants, reach
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.davit import ChannelAttention, DaViT, SpatialAttention
 from regard.tasks import create_task
-from regard.tasks.images import Classification, DrawnImages, LabelledImages
+from regard.tasks.images import Classification
 from regard.training import TrainConfig, seeded
 
 
@@ -120,46 +119,6 @@ def linear_and_global(preset: Preset) -> Check:
         setting=f"exponent of tokens over maps of {sides} squared, 32 channels (verdict on multiply-adds); Jacobians "
         "of three positions of an 8 x 8 map, window 4",
     )
-
-
-class OppositeHue(DrawnImages):
-    """Sixteen striped tiles; which stripes has the one whose hue is opposite to the mean hue of the image?
-
-    Eight tiles lie within 20 degrees of a hue drawn for the image, seven decoys 60 to 110 degrees to either side, one
-    opposite. All carry stripes of one of four directions, so that chance is 1/4, and no tile tells by itself.
-    """
-
-    num_classes = 4
-
-    def __init__(self, size: int = 32, train_items: int = 4096, eval_items: int = 512, seed: int = 0) -> None:
-        super().__init__(size, train_items, eval_items, seed)
-
-    @property
-    def description(self) -> str:
-        return "Sixteen striped tiles: the direction of the stripes on the one whose hue is opposite to the mean hue?"
-
-    def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
-        """Sixteen tiles in random order."""
-        tile = self.sample_shape[1] // 4
-        off = np.concatenate(
-            [
-                rng.uniform(-20, 20, (count, 8)),
-                rng.uniform(60, 110, (count, 7)) * rng.choice([-1, 1], (count, 7)),
-                rng.uniform(160, 200, (count, 1)),
-            ],
-            axis=1,
-        )
-        stripes, order = rng.integers(0, 4, (count, 16)), rng.permuted(np.tile(np.arange(16), (count, 1)), axis=1)
-        hue = np.deg2rad(np.take_along_axis(off, order, 1) + rng.uniform(0, 360, (count, 1)))
-        labels = stripes[:, 15]
-        stripes = np.take_along_axis(stripes, order, 1)
-        colour = 0.5 + 0.5 * np.cos(hue[..., None] - 2 * np.pi * np.arange(3) / 3)  # (count, 16, 3)
-        rows, columns = np.mgrid[:tile, :tile]
-        patterns = np.stack([rows // 2 % 2, columns // 2 % 2, (rows + columns) // 2 % 2, (rows - columns) // 2 % 2])
-        lit = 0.4 + 0.6 * patterns[stripes]  # (count, 16, tile, tile)
-        tiles = colour[:, :, :, None, None] * lit[:, :, None]
-        images = tiles.reshape(count, 4, 4, 3, tile, tile).transpose(0, 3, 1, 4, 2, 5).reshape(count, 3, 4 * tile, -1)
-        return LabelledImages((255 * images).round().astype(np.uint8), labels.astype(np.int64), mean=0.35, std=0.3)
 
 
 def complementary(preset: Preset) -> Check:

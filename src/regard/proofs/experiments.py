@@ -6,13 +6,18 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from regard.flops import count_macs
-from regard.measure import growth, median_seconds
+from regard.layers import Block, PatchEmbed, vit_init
+from regard.measure import growth, interleaved_seconds, median_seconds
+from regard.skeletons import Isotropic, MixerAt, SwinPyramid, places
 from regard.tasks.base import Task
+from regard.tasks.images import DrawnImages, LabelledImages
 from regard.training import TrainConfig, seeded, train
 
 
@@ -30,6 +35,28 @@ def headline(task: Task, runs: Sequence[dict[str, float]]) -> list[float]:
 
 TINY_DEIT = {"dim": 48, "depth": 2, "num_heads": 3, "mlp_ratio": 2.0, "patch_size": 4, "img_size": 24, "in_chans": 1}
 """A DeiT of 36 tokens, for digits of 24 pixels."""
+
+
+def tiny_grid_deit(mixer: MixerAt, **options: Any) -> Isotropic:
+    """`TINY_DEIT` without a class token, for mixers of grids: the logits are read from the mean over its 6 x 6 tokens.
+
+    Args:
+        mixer: builds the mixer of each block. options: replace those of `TINY_DEIT`.
+    """
+    at = {**TINY_DEIT, **options}
+    dim, patch = at["dim"], at["patch_size"]
+    (stage,) = places([dim], [at["depth"]], [at["num_heads"]], [patch], at["img_size"], 0.0)
+    model = Isotropic(
+        stem=PatchEmbed(at["in_chans"], dim, patch, norm=False),
+        blocks=[Block(dim, mixer(place), mlp_ratio=at["mlp_ratio"]) for place in stage],
+        dim=dim,
+        grid=stage[0].grid,
+        stride=patch,
+        num_classes=10,
+        in_chans=at["in_chans"],
+        position=True,
+    )
+    return model.apply(vit_init)
 
 
 def tiny_deit_config(preset: str) -> TrainConfig:
@@ -85,6 +112,13 @@ def cost_growth(
     return figures
 
 
+def time_ratio(slow: nn.Module, fast: nn.Module, x: Tensor, rounds: int) -> float:
+    """Median forward time of `slow` over that of `fast`, taken in turns, without gradients."""
+    with torch.no_grad():
+        times = interleaved_seconds({"slow": partial(slow, x), "fast": partial(fast, x)}, rounds=rounds, seconds=60)
+    return round(statistics.median(times["slow"]) / statistics.median(times["fast"]), 3)
+
+
 def reach(function: Callable[[Tensor], Tensor], x: Tensor, index: tuple[int, ...]) -> Tensor:
     """Which input positions output position `index` depends on: `(*spatial)` boolean, from a gradient.
 
@@ -95,3 +129,145 @@ def reach(function: Callable[[Tensor], Tensor], x: Tensor, index: tuple[int, ...
     out = function(x)[(0, *index)]
     (gradient,) = torch.autograd.grad(out.square().sum(), x)
     return gradient[0].abs().amax(-1) > 0
+
+
+def with_batch_statistics(model: nn.Module, x: Tensor) -> nn.Module:
+    """`model` in evaluation mode with drawn weights and biases of its norms, and BatchNorm statistics taken from `x`.
+
+    Fresh norms leave so much at zero or one that most mistakes would not show.
+    """
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)):
+            for parameter, middle in ((module.weight, 1.0), (module.bias, 0.0)):
+                nn.init.normal_(parameter, middle, 0.5, generator=generator)
+    with torch.no_grad():
+        model.train()(x)
+    return model.eval()
+
+
+class CornerReader(SwinPyramid):
+    """Patches of 2 x 2 pixels, a few blocks, and the answer read in the upper left corner: mixers have to bring it there.
+
+    Args:
+        mixer: builds the mixer of each block. depth: number of blocks. dim, num_heads, mlp_ratio: of all blocks.
+        read: the answer is read from the mean of so many tokens along each axis.
+    """
+
+    def __init__(
+        self,
+        mixer: MixerAt,
+        *,
+        depth: int = 1,
+        dim: int = 24,
+        num_heads: int = 2,
+        mlp_ratio: float = 2.0,
+        read: int = 1,
+        img_size: int = 24,
+        num_classes: int = 4,
+    ) -> None:
+        super().__init__(
+            mixer=mixer,
+            dim=dim,
+            depths=(depth,),
+            num_heads=(num_heads,),
+            mlp_ratio=mlp_ratio,
+            patch_size=2,
+            img_size=img_size,
+            num_classes=num_classes,
+        )
+        self.read = read
+        # Swin's deviation of 0.02 suits hundreds of channels; with 24 the signal would take long to grow.
+        self.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Linear) else None)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Normalised tokens -> logits from the upper left ones."""
+        x = self.head_norm(x[:, : self.read, : self.read].mean((1, 2)))
+        return x if pre_logits else self.head(x)
+
+
+class FarMark(DrawnImages):
+    """A mark of one of four colours over noise, far from the upper left corner: which colour is it?
+
+    Args:
+        aligned: it lies in the first rows or the first columns; otherwise anywhere so far off.
+        tokens: of 2 x 2 pixels, along each side of the image. nearest: rows or columns between the mark and the corner.
+        size: tokens that the mark covers along each axis.
+    """
+
+    num_classes = 4
+
+    def __init__(
+        self,
+        aligned: bool = False,
+        *,
+        tokens: int = 12,
+        nearest: int = 8,
+        size: int = 1,
+        train_items: int = 4096,
+        eval_items: int = 512,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(2 * tokens, train_items, eval_items, seed)
+        self.aligned, self.tokens, self.nearest, self.size = aligned, tokens, nearest, size
+
+    @property
+    def description(self) -> str:
+        where = "in the first row or column of" if self.aligned else "among"
+        return (
+            f"The colour of a mark of {self.size} x {self.size} tokens {where} {self.tokens} x {self.tokens}, at least "
+            f"{self.nearest} from the corner where the answer is read."
+        )
+
+    def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
+        """Noise and one mark."""
+        colours = np.array([[1, 0.2, 0.2], [0.2, 1, 0.2], [0.2, 0.2, 1], [1, 1, 0.2]])
+        side, last = self.sample_shape[1], self.tokens - self.size
+        images, labels = rng.uniform(0, 0.4, (count, 3, side, side)), rng.integers(0, 4, count)
+        far = rng.integers(self.nearest, last + 1, count)
+        other = 0 if self.aligned else rng.integers(0, last + 1, count)
+        upright, length = rng.integers(0, 2, count) == 1, 2 * self.size
+        rows, columns = 2 * np.where(upright, far, other), 2 * np.where(upright, other, far)
+        for image, row, column, label in zip(images, rows, columns, labels, strict=True):
+            image[:, row : row + length, column : column + length] = colours[label][:, None, None]
+        return LabelledImages((255 * images).round().astype(np.uint8), labels.astype(np.int64), mean=0.22, std=0.16)
+
+
+class OppositeHue(DrawnImages):
+    """Sixteen striped tiles; which stripes has the one whose hue is opposite to the mean hue of the image?
+
+    Eight tiles lie within 20 degrees of a hue drawn for the image, seven decoys 60 to 110 degrees to either side, one
+    opposite. All carry stripes of one of four directions, so that chance is 1/4, and no tile tells by itself.
+    """
+
+    num_classes = 4
+
+    def __init__(self, size: int = 32, train_items: int = 4096, eval_items: int = 512, seed: int = 0) -> None:
+        super().__init__(size, train_items, eval_items, seed)
+
+    @property
+    def description(self) -> str:
+        return "Sixteen striped tiles: the direction of the stripes on the one whose hue is opposite to the mean hue?"
+
+    def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
+        """Sixteen tiles in random order."""
+        tile = self.sample_shape[1] // 4
+        off = np.concatenate(
+            [
+                rng.uniform(-20, 20, (count, 8)),
+                rng.uniform(60, 110, (count, 7)) * rng.choice([-1, 1], (count, 7)),
+                rng.uniform(160, 200, (count, 1)),
+            ],
+            axis=1,
+        )
+        stripes, order = rng.integers(0, 4, (count, 16)), rng.permuted(np.tile(np.arange(16), (count, 1)), axis=1)
+        hue = np.deg2rad(np.take_along_axis(off, order, 1) + rng.uniform(0, 360, (count, 1)))
+        labels = stripes[:, 15]
+        stripes = np.take_along_axis(stripes, order, 1)
+        colour = 0.5 + 0.5 * np.cos(hue[..., None] - 2 * np.pi * np.arange(3) / 3)  # (count, 16, 3)
+        rows, columns = np.mgrid[:tile, :tile]
+        patterns = np.stack([rows // 2 % 2, columns // 2 % 2, (rows + columns) // 2 % 2, (rows - columns) // 2 % 2])
+        lit = 0.4 + 0.6 * patterns[stripes]  # (count, 16, tile, tile)
+        tiles = colour[:, :, :, None, None] * lit[:, :, None]
+        images = tiles.reshape(count, 4, 4, 3, tile, tile).transpose(0, 3, 1, 4, 2, 5).reshape(count, 3, 4 * tile, -1)
+        return LabelledImages((255 * images).round().astype(np.uint8), labels.astype(np.int64), mean=0.35, std=0.3)

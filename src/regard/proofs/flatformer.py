@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import statistics
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +15,31 @@ from regard.checkpoint import KeyMap
 from regard.layers import BatchNorm
 from regard.layers.points import grid_sine_code
 from regard.layouts.points import equal_groups, flattened_windows, grid_coordinates
-from regard.measure import growth, median_seconds
+from regard.measure import growth, interleaved_seconds, median_seconds
+from regard.proofs._flatformer_windows import in_windows, padded_attention, ring_pillars, window_counts
 from regard.proofs.base import Check, Preset, Proofs, Recipe
+from regard.proofs.experiments import over_variants
 from regard.proofs.recordings import Recorded
-from regard.systems.points.flatformer import FlatFormer, FlatFormerEncoder, FlattenedWindowAttention
+from regard.systems.points.flatformer import (
+    FlatFormer,
+    FlatFormerClassifier,
+    FlatFormerEncoder,
+    FlattenedWindowAttention,
+)
 from regard.tasks import create_task
+from regard.tasks.detection import DetectionTask
+from regard.tasks.shapes import ShapesTask
 from regard.training import TrainConfig, seeded
+
+_HISTORY = (
+    "Chosen on 60 scenes of another seed (7): suppression at an overlap of 0.1 in place of the paper's 0.8 and "
+    "0.55 (ap 0.53 against 0.30, the same training), batch 4 with twice the steps in place of 8 (0.63 against "
+    "0.53, together with 2 heads for 4), overlap to the power 0.5 in the score in place of 2 (0.63 against 0.58)."
+    " Widths, rate and loss weights come from an earlier recipe, which had been chosen on its own evaluation set,"
+    " of other scenes (seed 0, yaw over the full circle, which the points of a box cannot tell). This evaluation "
+    "set (seed 1) decided nothing. Scenes are half as wide as the task's default ones: there 600 steps of such a "
+    "detector (153 s) reach 0.24 on 60 scenes of seed 7, less than the 0.40 of the rule"
+)
 
 
 def _block(config: dict) -> FlatFormerEncoder:
@@ -121,12 +143,27 @@ def _slow(mixer: FlattenedWindowAttention, x: Tensor, place: Tensor) -> Tensor:
     return mixer.proj(result)
 
 
-def _tiny(task) -> FlatFormer:
-    low, high = list(task.point_range[:3]), list(task.point_range[3:])
-    model = FlatFormer(
-        32,
-        4,
-        1,
+def _detector_for(task: DetectionTask, **options: Any) -> FlatFormer:
+    """A detector of the range, the columns and the classes of a task; pillars are half a metre wide unless `options` say."""
+    low, high = task.point_range[:3], task.point_range[3:]
+    pillar = options.pop("pillar", 0.5)
+    return FlatFormer(
+        velocity=False,
+        voxel_size=(pillar, pillar, high[2] - low[2]),
+        point_range=task.point_range,
+        post_range=task.point_range,
+        in_chans=task.in_channels,
+        num_classes=task.num_classes,
+        **options,
+    )
+
+
+def _small_detector(task: DetectionTask) -> FlatFormer:
+    model = _detector_for(
+        task,
+        dim=32,
+        num_heads=2,
+        num_blocks=1,
         window_size=9,
         group_size=48,
         vfe_dims=(16, 32),
@@ -134,63 +171,61 @@ def _tiny(task) -> FlatFormer:
         stage_depths=(1, 1),
         neck_dim=16,
         head_dim=16,
-        velocity=False,
         box_weight=0.5,
-        iou_power=0.5,  # overlaps are small after so short a training: the square would hide every box
+        iou_power=0.5,  # predicted overlaps are rough after so short a training
         score_threshold=0.01,
-        max_boxes=150,
-        voxel_size=(0.5, 0.5, high[2] - low[2]),
-        point_range=(*low, *high),
-        in_chans=task.in_channels,
-        num_classes=task.num_classes,
+        max_boxes=100,
+        nms_thresholds=(0.1, 0.1, 0.1),  # things on the ground do not overlap; at 0.8 each is found many times over
     )
-    for branch in model.head.branches.values():
+    for branch in model.head.branches.values():  # type: ignore[union-attr]
         nn.init.normal_(branch[1].weight, std=0.01)  # boxes start near zero offsets, not metres away
+    return _quick_statistics(model)
+
+
+def _quick_statistics(model: nn.Module) -> Any:
+    """Let running statistics follow a training of hundreds of steps, not of epochs."""
     for module in model.modules():
         if isinstance(module, BatchNorm):
-            module.momentum = 0.1  # running statistics that follow a training of hundreds of steps, not of epochs
+            module.momentum = 0.1
     return model
 
 
-def recipe(preset: Preset) -> Recipe:
+def _scenes(preset: Preset) -> DetectionTask:
+    """Scenes half as wide as the task's default ones, which take minutes less to learn."""
+    task = create_task(
+        "detection",
+        extent=10,
+        azimuths=200,
+        objects=6,
+        clutter=3,
+        eval_items=20 if preset == "smoke" else 100,
+        seed=1,
+    )
+    return cast(DetectionTask, task)
+
+
+def detect(preset: Preset) -> Recipe:
     """A small detector on simulated lidar scenes; "paper" has the Waymo model's widths and pillars."""
     if preset == "paper":
-        task = create_task("detection")
-        low, high = task.point_range[:3], task.point_range[3:]
-        pillar = (0.32, 0.32, high[2] - low[2])
-        build = lambda: FlatFormer(  # noqa: E731
-            voxel_size=pillar,
-            point_range=task.point_range,
-            in_chans=task.in_channels,
-            num_classes=task.num_classes,
-            velocity=False,
-        )
-        return Recipe(seeded(build, 0), task, TrainConfig(steps=20_000, batch_size=4, lr=1e-3, weight_decay=0.05))
-    near = {"extent": 10, "beams": 20, "azimuths": 200, "objects": 6, "clutter": 3}
-    task = create_task("detection", eval_items=20 if preset == "smoke" else 60, **near)
-    steps = 2 if preset == "smoke" else 1000
-    config = TrainConfig(steps=steps, batch_size=8, lr=6e-3, weight_decay=0.01, clip_norm=10.0)
-    return Recipe(seeded(lambda: _tiny(task), 0), task, config)
+        task = cast(DetectionTask, create_task("detection"))
+        config = TrainConfig(steps=20_000, batch_size=4, lr=1e-3, weight_decay=0.05)
+        return Recipe(seeded(lambda: _detector_for(task, pillar=0.32), 0), task, config)
+    task = _scenes(preset)
+    config = TrainConfig(
+        steps=2 if preset == "smoke" else 800, batch_size=4, lr=6e-3, weight_decay=0.01, clip_norm=10.0
+    )
+    return Recipe(seeded(lambda: _small_detector(task), 0), task, config, note=_HISTORY)
 
 
-def ring_pillars(count: int, seed: int = 0) -> Tensor:
-    """Pillars (y, x) of a scan whose density falls with the square of the distance: `(count, 2)`, in random order.
-
-    Occupancy of windows then follows a power law, as under a spinning lidar; the grid is as fine as Waymo's (468 x 468)
-    for 20,000 pillars and grows with `count`.
-    """
-    side = round(468 * math.sqrt(count / 20_000))
-    place = grid_coordinates((side, side))
-    distance = (place - (side - 1) / 2).norm(dim=1).clamp(min=2)
-    generator = torch.Generator().manual_seed(seed)
-    weight = distance**-1.5
-    return place[torch.multinomial(weight, count, generator=generator)]
-
-
-def _by_window(place: Tensor, window: int) -> Tensor:
-    """Number of pillars in each occupied window."""
-    key = place[:, 0] // window * 100_000 + place[:, 1] // window
-    return key.unique(return_counts=True)[1]
+def classify(preset: Preset) -> Recipe:
+    """The encoder as a classifier of clouds; "paper" has the widths of the paper's encoder."""
+    task = cast(ShapesTask, create_task("shapes", **({"eval_items": 32} if preset == "smoke" else {})))
+    width = dict(dim=32, num_heads=2, num_blocks=1, window_size=5, group_size=48, vfe_dims=(32, 32))
+    if preset == "paper":
+        width = {}
+    build = lambda: FlatFormerClassifier(task.num_classes, in_chans=task.in_channels, **width)  # noqa: E731
+    steps = {"smoke": 2, "small": 250, "paper": 20_000}[preset]
+    return Recipe(_quick_statistics(seeded(build, 0)), task, TrainConfig(steps=steps, batch_size=32, lr=3e-3))
 
 
 def equal_size_wastes_nothing(preset: Preset) -> Check:
@@ -198,7 +233,7 @@ def equal_size_wastes_nothing(preset: Preset) -> Check:
     count, window, size, dim, heads = (2000 if preset == "smoke" else 20_000), 13, 144, 128, 8
     place = ring_pillars(count)
     mixer = seeded(lambda: FlattenedWindowAttention(dim, heads, window_size=window, group_size=size), 0).eval()
-    sizes = _by_window(place, window)
+    sizes = window_counts(place, window)
     largest = int(sizes.max())
     buckets = [30, 60, 100, window * window]
     in_bucket = [sizes[(sizes > low) & (sizes <= high)] for low, high in zip([0, *buckets], buckets, strict=False)]
@@ -208,9 +243,9 @@ def equal_size_wastes_nothing(preset: Preset) -> Check:
     groups = mixer.groups(place, [count])
     with torch.no_grad():
         flat = median_seconds(lambda: mixer.attend(x, code, groups), 3)
-        padded = median_seconds(lambda: _padded(mixer, x, [(len(sizes), largest)]), 3)
+        padded = median_seconds(lambda: padded_attention(mixer, x, [(len(sizes), largest)]), 3)
         bucketed = [(len(part), width) for part, width in zip(in_bucket, buckets, strict=True) if len(part)]
-        sst = median_seconds(lambda: _padded(mixer, x, bucketed), 3)
+        sst = median_seconds(lambda: padded_attention(mixer, x, bucketed), 3)
     figures = {
         "pillars": count,
         "windows": len(sizes),
@@ -228,18 +263,41 @@ def equal_size_wastes_nothing(preset: Preset) -> Check:
         figures=figures,
         setting=f"one attention, dim {dim}, {heads} heads, windows 13 x 13, groups of 144, "
         f"buckets of {buckets} slots in the manner of SST; "
-        "projections included, sorting not; holds if padding is below 2 % and both time ratios are at least 2",
+        "projections included, sorting not; holds if padding is below 2 % and both time ratios are at least 2. History: the "
+        "buckets were changed once after a ratio had been seen, from 16, 32, 64 and 169 slots (1.32) to the present ones (1.94 "
+        "then), the limit being 2 both times; since then our side gathers its cells once, before the projections",
     )
 
 
-def _padded(mixer: FlattenedWindowAttention, x: Tensor, batches: list[tuple[int, int]]) -> Tensor:
-    """The same projections, and attention over batches of (windows, slots) with a key mask: the cost of padding."""
-    q, k, v = mixer.qkv(x).unflatten(-1, (3, mixer.num_heads, mixer.head_dim)).unbind(1)
-    for windows, slots in batches:
-        rows = torch.arange(windows * slots).view(windows, slots) % len(x)
-        mask = (rows[:, None, None] >= 0).expand(windows, 1, 1, slots)
-        ops.attention(q[rows], k[rows], v[rows], mask=mask)
-    return mixer.proj(x)
+def equal_groups_detect_as_well(preset: Preset) -> Check:
+    """The recipe's detector with groups of equal count, and with windows of equal shape, from the same weights."""
+    task = _scenes(preset)
+    config = replace(detect(preset).config, steps=2 if preset == "smoke" else 120)
+    builds = {
+        "equal_groups": lambda: _small_detector(task),
+        "equal_windows": lambda: in_windows(_small_detector(task)),
+    }
+    seeds = range(1 if preset == "smoke" else 3)
+    figures, means = over_variants(builds, task, config, seeds)
+    batch = task.collate([task.train_set[index] for index in range(config.batch_size)])
+    encoders = {}
+    for name, build in builds.items():
+        model = seeded(build, 0)
+        cells = model.voxelize(batch["points"], batch["offsets"])  # type: ignore[operator]
+        x = model.point_encoder(batch["points"], cells).detach()  # type: ignore[operator]
+        run = partial(model.encoder, x, cells.coordinates, cells.counts)  # type: ignore[arg-type]
+        encoders[name] = lambda run=run: run().sum().backward()
+    times = interleaved_seconds(encoders, rounds=9)
+    ratio = statistics.median(times["equal_windows"]) / statistics.median(times["equal_groups"])
+    return Check(
+        "Groups of equal count detect as well as windows of equal shape, in less time",
+        holds=means["equal_groups"] >= means["equal_windows"] - 0.01 and ratio > 1,
+        figures={**figures, "time_equal_windows_over_equal_groups": round(ratio, 2)},
+        setting=f"the recipe's detector and scenes, {config.steps} steps of {config.batch_size}, seeds 0 to {seeds[-1]}, the "
+        "same first weights and budget; groups of 48 against windows 9 x 9 (on average 29 cells), both shifted in every second "
+        "layer, windows of like counts batched and padded to a power of two; time of the encoder forward and backward on one "
+        "batch; holds if the mean ap is at most 0.01 lower and the time is less",
+    )
 
 
 def linear_in_pillars(preset: Preset) -> Check:
@@ -272,6 +330,7 @@ PROOFS = Proofs(
         Recorded("flatformer.detector", build=_detector, run=_run_detector),
     ),
     checks=(masked_dense_form,),
-    recipe=recipe,
-    claims=(equal_size_wastes_nothing, linear_in_pillars),
+    recipe=detect,
+    recipes={"shapes": classify},
+    claims=(equal_size_wastes_nothing, equal_groups_detect_as_well, linear_in_pillars),
 )

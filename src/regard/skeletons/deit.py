@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import ClassVar
 
@@ -15,17 +15,27 @@ from regard.skeletons.place import MixerAt, places
 
 
 class TokenBlock(Block):
-    """A `Block` on a sequence "class token, then the grid", whose mixer gets the two apart.
+    """A `Block` on a sequence "class token, then the grid", whose mixer or MLP gets the two apart.
 
-    The mixer maps `(grid (B, H, W, dim), class token (B, 1, dim))` to such a pair.
+    A part with `class_token = True` maps `(grid (B, H, W, dim), class token (B, 1, dim))` to such a pair; another maps the
+    sequence.
     """
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
         """`(B, 1 + H W, dim)` -> the same shape."""
-        tokens = self.norm1(x)
-        tokens, first = self.mixer(tokens[:, 1:].unflatten(1, grid), tokens[:, :1])
-        x = x + self.drop_path(self.scale1(torch.cat([first, tokens.flatten(1, 2)], 1)))
-        return x + self.drop_path(self.scale2(self.mlp(self.norm2(x))))
+        x = x + self.drop_path(self.scale1(_run(self.mixer, self.norm1(x), grid)))
+        return x + self.drop_path(self.scale2(_run(self.mlp, self.norm2(x), grid)))
+
+
+def _run(part: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    if not _takes_class_token(part):
+        return part(x)
+    tokens, first = part(x[:, 1:].unflatten(1, grid), x[:, :1])
+    return torch.cat([first, tokens.flatten(1, 2)], 1)
+
+
+def _takes_class_token(part: nn.Module | None) -> bool:
+    return bool(getattr(part, "class_token", False))
 
 
 class DeiT(Isotropic):
@@ -34,6 +44,8 @@ class DeiT(Isotropic):
     Args:
         mixer: builds the mixer of each block. One with `class_token = True` gets grid and class token apart
             (`TokenBlock`); any other gets the whole sequence.
+        mlp: builds the MLP of each block from its width, with the same choice; None is `Mlp`.
+        stem: replaces the patch embedding. position: whether there is a position table.
         img_size: position tables are built for it; images of other sizes run too.
     """
 
@@ -53,16 +65,19 @@ class DeiT(Isotropic):
         drop_path_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 3,
+        mlp: Callable[[int], nn.Module] | None = None,
+        stem: nn.Module | None = None,
+        position: bool = True,
     ) -> None:
         norm = partial(nn.LayerNorm, eps=1e-6)
         (stage,) = places([dim], [depth], [num_heads], [patch_size], img_size, drop_path_rate)
         blocks: list[nn.Module] = []
         for place in stage:
-            made = mixer(place)
-            kind = TokenBlock if getattr(made, "class_token", False) else Block
-            blocks.append(kind(dim, made, mlp_ratio=mlp_ratio, norm=norm, drop_path=place.drop_path))
+            made, feed = mixer(place), None if mlp is None else mlp(dim)
+            kind = TokenBlock if _takes_class_token(made) or _takes_class_token(feed) else Block
+            blocks.append(kind(dim, made, mlp=feed, mlp_ratio=mlp_ratio, norm=norm, drop_path=place.drop_path))
         super().__init__(
-            stem=PatchEmbed(in_chans, dim, patch_size, norm=False),
+            stem=PatchEmbed(in_chans, dim, patch_size, norm=False) if stem is None else stem,
             blocks=blocks,
             dim=dim,
             grid=stage[0].grid,
@@ -70,7 +85,7 @@ class DeiT(Isotropic):
             num_classes=num_classes,
             in_chans=in_chans,
             norm=norm(dim),
-            position=True,
+            position=position,
             class_token=True,
         )
         self.apply(vit_init)

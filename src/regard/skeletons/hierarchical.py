@@ -18,6 +18,7 @@ class Hierarchical(ImageModel):
         stem: image `(B, H, W, in_chans)` -> tokens. downs: one module per stage; the first is usually `nn.Identity()`.
         stages: the blocks of each stage.
         dims: channels after each stage. strides: pixels per token of each stage.
+        num_features: channels after `norm`, if it changes their number.
         norm: applied to the last map. head_norm: applied to the pooled vector (it may hold more than a norm).
     """
 
@@ -31,18 +32,20 @@ class Hierarchical(ImageModel):
         strides: Sequence[int],
         num_classes: int,
         in_chans: int,
+        num_features: int | None = None,
         norm: nn.Module | None = None,
         head_norm: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.in_chans, self.num_classes = in_chans, num_classes
-        self.feature_dims, self.feature_strides, self.num_features = tuple(dims), tuple(strides), dims[-1]
+        self.feature_dims, self.feature_strides = tuple(dims), tuple(strides)
+        self.num_features = dims[-1] if num_features is None else num_features
         self.stem = stem
         self.downs = nn.ModuleList(downs)
         self.stages = nn.ModuleList(nn.Sequential(*blocks) for blocks in stages)
         self.norm = nn.Identity() if norm is None else norm
         self.head_norm = nn.Identity() if head_norm is None else head_norm
-        self.head = make_head(dims[-1], num_classes)
+        self.head = make_head(self.num_features, num_classes)
 
     def stages_forward(self, x: Tensor) -> list[Tensor]:
         """`(B, in_chans, H, W)` -> channels-last maps of all stages."""

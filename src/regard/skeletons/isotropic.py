@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from regard.layers import resize_sequence_table
 from regard.skeletons.base import ImageModel, make_head
 
 
@@ -59,23 +59,17 @@ class Isotropic(ImageModel):
 
     def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Image -> what the blocks take, and the grid."""
-        x = self.stem(x.movedim(1, -1))
+        return self._enter(self.stem(x.movedim(1, -1)))
+
+    def _enter(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens on their grid -> what the blocks take, and the grid."""
         grid = (x.shape[1], x.shape[2])
         if self.cls_token is not None:
             x = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)], 1)
         if self.pos_embed is not None:
-            position = self._position(grid)
+            position = resize_sequence_table(self.pos_embed, self.grid, grid)
             x = x + (position if self.cls_token is not None else position.unflatten(1, grid))
         return x, grid
-
-    def _position(self, grid: tuple[int, int]) -> Tensor:
-        assert self.pos_embed is not None
-        if grid == self.grid:
-            return self.pos_embed
-        first = self.pos_embed.shape[1] - self.grid[0] * self.grid[1]
-        table = self.pos_embed[:, first:].unflatten(1, self.grid).movedim(-1, 1)
-        table = F.interpolate(table, grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
-        return torch.cat([self.pos_embed[:, :first], table], 1)
 
     def stages_forward(self, x: Tensor) -> list[Tensor]:
         """`(B, in_chans, H, W)` -> the tokens after each block, as grids without the class token."""

@@ -24,10 +24,11 @@ _MODULES = {
     "text": "language",
     "convex_hull": "pointing",
     "tour": "pointing",
-    "shapes": "points",
-    "detection": "points",
+    "shapes": "shapes",
+    "detection": "detection",
     "csl": "graphs",
     "far_label": "graphs",
+    "molecules": "molecules",
 }
 
 

@@ -33,6 +33,8 @@ from regard.layouts.graphs import laplacian_eigenpairs, random_walk_landing
 from regard.tasks.base import EVAL, TRAIN, Generated, Task, whole, whole_range
 
 UNASKED = -1
+NODE_PAIRS = {"edge_index", "pairs"}
+"""Parts of a graph that name nodes, (2, ...) each; all others have a row for each node, edge, pair or graph."""
 
 
 def circulant_edges(nodes: int, jumps: tuple[int, ...]) -> np.ndarray:
@@ -53,10 +55,9 @@ def collate_graphs(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Put graphs side by side in one: the batch described at the top of the module."""
     sizes = torch.tensor([len(item["x"]) for item in items])
     offsets = F.pad(sizes.cumsum(0), (1, 0))
-    batch = {key: torch.cat([item[key] for item in items]) for key in items[0] if key != "edge_index"}
-    batch["edge_index"] = torch.cat(
-        [item["edge_index"] + start for item, start in zip(items, offsets, strict=False)], 1
-    )
+    batch = {key: torch.cat([item[key] for item in items]) for key in items[0] if key not in NODE_PAIRS}
+    for key in NODE_PAIRS & items[0].keys():
+        batch[key] = torch.cat([item[key] + start for item, start in zip(items, offsets, strict=False)], 1)
     batch["batch"], batch["offsets"] = torch.arange(len(items)).repeat_interleave(sizes), offsets
     return batch
 

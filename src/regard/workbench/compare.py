@@ -29,7 +29,7 @@ from regard.skeletons.host import MixerClass, MixerPyramid, MixerVideo, build_in
 from regard.tasks import Task, create_task
 from regard.training import TrainConfig, seeded, train
 from regard.workbench import machine
-from regard.workbench.store import Store, write_json
+from regard.workbench.store import Store, why, write_json
 
 DEFAULT_MIXERS = {
     2: ("softmax", "window", "neighborhood", "linear", "agent", "pooling"),
@@ -177,11 +177,6 @@ def build_model(settings: Settings, task: Any, mixer: MixerClass | str) -> nn.Mo
     return MixerVideo(mixer, frames=sample.shape[0], size=sample.shape[-1], channels=sample.shape[1])
 
 
-def _why(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
-
-
 def _train_one(
     settings: Settings, task: Task, name: str, mixer: MixerClass | str, seed: int, progress: Progress
 ) -> dict[str, Any]:
@@ -244,7 +239,7 @@ def _timed(
             rows[name] = {"peak_bytes": peak_bytes(run), "macs": _macs(module, x)}
             runs[name] = run
         except Exception as error:  # a mixer that cannot run this must not end the comparison
-            rows[name] = {"error": _why(error)}
+            rows[name] = {"error": why(error)}
         progress.step(index + 1, name)
     for name, times in interleaved_seconds(runs, rounds=11).items():
         rows[name]["seconds"] = spread(times)
@@ -318,7 +313,7 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
                 run = piece("train", asked, partial(_train_one, settings, task, name, mixer, seed, progress))
                 rows[name]["runs"].append({"seed": seed} | run)
             except Exception as error:
-                rows[name]["runs"].append({"seed": seed, "error": _why(error)})
+                rows[name]["runs"].append({"seed": seed, "error": why(error)})
                 progress.finish("failed")
     names = {"mixers": list(mixers), "sources": list(stamps.values())}
     models = piece("models", base | names, partial(_time_models, settings, mixers, task, progress))

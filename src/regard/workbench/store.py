@@ -41,6 +41,12 @@ class Store:
         write_json(self._path(kind, settings), {"kind": kind, "settings": settings, "result": result})
 
 
+def why(error: BaseException) -> str:
+    """An error in one line, for the row of what failed."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else 'no message'}"
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never half of it."""
     scratch = path.with_suffix(path.suffix + ".part")

@@ -80,14 +80,16 @@ def run_proof(slug: str, proof: str, preset: Preset, note: Callable[[str], None]
         for variant in system.variants:
             add(check_variant(variant))
     elif proof == "trains":
-        add(_trains(slug, proofs.recipe(preset), preset, note))
+        for task in (None, *proofs.recipes):
+            command = f"regard train {slug}" + (f" --task {task}" if task else "") + f" --preset {preset}"
+            add(_trains(proofs.recipe_for(task)(preset), command, note))
     else:
         for claim in proofs.claims:
             add(claim(preset))
     return results
 
 
-def _trains(slug: str, recipe: Recipe, preset: Preset, note: Callable[[str], None]) -> Check:
+def _trains(recipe: Recipe, command: str, note: Callable[[str], None]) -> Check:
     task, config = recipe.task, recipe.config
     every = max(1, config.steps // 10)
 
@@ -109,7 +111,7 @@ def _trains(slug: str, recipe: Recipe, preset: Preset, note: Callable[[str], Non
             "params": count_params(recipe.model),
         },
         setting=f"{task.description} batch {config.batch_size}, lr {config.lr}, seed {config.seed}, "
-        f"`regard train {slug} --preset {preset}`",
+        f"`{command}`" + (f". {recipe.note}" if recipe.note else ""),
     )
 
 

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard import checks
 from regard.checkpoint import KeyMap
-from regard.layers import Block, Conv2d, GlobalNorm, Mixer, PositionTable, linear_rates, resize_map, vit_init
+from regard.layers import (
+    Block,
+    Conv2d,
+    GlobalNorm,
+    Mixer,
+    PositionTable,
+    linear_rates,
+    resize_map,
+    split_qkv,
+    vit_init,
+)
 from regard.registry import System, Variant, register_mixer, register_system
 from regard.skeletons import Hierarchical
 from regard.skeletons.host import build_in_stack
@@ -35,12 +45,13 @@ class Pooling(Mixer):
         pool_size: side of the box, odd.
     """
 
+    has_heads: ClassVar[bool] = False
+
     def __init__(self, dim: int, num_heads: int = 1, *, pool_size: int = 3) -> None:
         super().__init__()
         checks.positive("dim", dim)
         checks.positive("pool_size", pool_size)
-        if pool_size % 2 == 0:
-            raise ValueError(f"pool_size must be odd, so that the box has a middle, got {pool_size}.")
+        checks.odd("pool_size", pool_size)
         self.dim, self.num_heads, self.pool_size = dim, num_heads, pool_size
 
     def forward(self, x: Tensor) -> Tensor:
@@ -77,6 +88,8 @@ class SpatialFc(Mixer):
         dim: channels. num_heads: taken so that every mixer is built alike; nothing depends on it.
         grid: size of the map, one integer for each spatial axis (an integer is a square map).
     """
+
+    has_heads: ClassVar[bool] = False
 
     def __init__(self, dim: int, num_heads: int = 1, *, grid: int | Sequence[int] = 14) -> None:
         super().__init__()
@@ -129,8 +142,7 @@ def _ours(name: str, value: Tensor) -> dict[str, Tensor]:
     if name.endswith("position.table"):
         return {name: value.flatten(2).transpose(1, 2)}
     if name.endswith("qkv.weight"):
-        q, kv = value.split([value.shape[0] // 3, 2 * value.shape[0] // 3])
-        return {name.replace("qkv", "q"): q, name.replace("qkv", "kv"): kv}
+        return split_qkv(name, value)
     return {name: value.flatten(1) if "mlp." in name and value.dim() == 4 else value}
 
 

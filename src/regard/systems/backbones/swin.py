@@ -69,22 +69,13 @@ class WindowAttention(Mixer):
         """`(B, *S, dim)` -> the same shape."""
         spatial = self.check(x)
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        size, bias = self.window_size, self.bias()
+        size = self.window_size
         shift = tuple(length // 2 for length in size) if self.shift else (0,) * self.axes
         if any(length <= side for length, side in zip(spatial, size, strict=True)):
             # The map is one window along some axis: clip windows to the map, and shift nothing (authors' rule).
-            clipped = tuple(min(length, side) for length, side in zip(spatial, size, strict=True))
-            bias = self._clip(bias, clipped)
-            size, shift = clipped, (0,) * self.axes
-        out = ops.window_attention(q, k, v, window_size=size, shift=shift, bias=bias)
+            size, shift = tuple(map(min, spatial, size)), (0,) * self.axes
+        out = ops.window_attention(q, k, v, window_size=size, shift=shift, bias=self.bias(size))
         return self.proj(out.flatten(-2))
-
-    def _clip(self, bias: Tensor, size: Sequence[int]) -> Tensor:
-        """The bias among the tokens of a smaller window: the same offsets, fewer tokens."""
-        bias = bias.unflatten(2, self.window_size).unflatten(1, self.window_size)
-        for axis, length in enumerate(size):
-            bias = bias.narrow(1 + axis, 0, length).narrow(1 + self.axes + axis, 0, length)
-        return bias.flatten(1 + self.axes, 2 * self.axes).flatten(1, self.axes)
 
     def extra_repr(self) -> str:
         return f"dim={self.dim}, num_heads={self.num_heads}, window_size={self.window_size}, shift={self.shift}"

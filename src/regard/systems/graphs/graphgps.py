@@ -3,179 +3,90 @@
 Each layer passes messages over the real edges and attends over all nodes of the graph, side by side on the same input,
 and adds the two. Edge features live in the message passing alone, so that the attention may be a linear one (Performer).
 Encodings of where a node is (Laplacian eigenvectors, random walks) are joined to its features at the start.
+
+The parts are in `regard.layers.graphs`: message passing, attention, encodings.
 """
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard import checks, ops
-from regard.checkpoint import KeyMap
-from regard.layers import BatchNorm, Mixer, heads_of
-from regard.layers.graphs import (
-    GCN,
-    GINE,
-    RWSE,
-    FeatureEncoder,
-    GatedGCN,
-    GraphIndex,
-    GraphLayerNorm,
-    LapPE,
-    MessagePassing,
-    StableLapPE,
-    needed,
-)
+from regard import checks
+from regard.layers import BatchNorm, Mixer, graphs
 from regard.layouts.graphs import grid_edges
-from regard.layouts.ragged import buckets
 from regard.registry import System, Variant, register_mixer, register_system
-from regard.skeletons.graph import GraphHead, GraphModel, Pooling
+from regard.skeletons.graph import EdgeEncoder, GraphHead, GraphModel, NodeEncoder, PairHead, Pooling, SequenceHead
+from regard.systems.graphs._graphgps_keys import AUTHORS_KEYS
 from regard.systems.graphs._graphgps_variants import TABLE
 
-Local = Literal["gine", "gated_gcn", "gcn"]
-Attention = Literal["transformer", "performer"]
+Local = Literal["gine", "gated_gcn", "gcn", "gin", "gen", "gat", "pna"]
+Attention = Literal["transformer", "biased_transformer", "performer", "bigbird"]
+Head = Literal["san", "mlp", "graphormer", "pairs", "sequence"]
+Options = Mapping[str, Any]
+
+LOCALS: dict[str, type[graphs.MessagePassing]] = {
+    "gine": graphs.GINE,
+    "gated_gcn": graphs.GatedGCN,
+    "gcn": graphs.GCN,
+    "gin": graphs.GIN,
+    "gen": graphs.GEN,
+    "gat": graphs.GAT,
+    "pna": graphs.PNA,
+}
+ATTENTIONS = ("transformer", "biased_transformer", "performer", "bigbird")
+ENCODINGS: dict[str, type[graphs.Encoding]] = {
+    "lappe": graphs.LapPE,
+    "stable_lappe": graphs.StableLapPE,
+    "signnet": graphs.SignNet,
+    "rwse": graphs.RandomWalkEncoding,
+    "hkdiag": graphs.HeatKernelEncoding,
+    "elstatic": graphs.ElectrostaticEncoding,
+    "graphormer": graphs.GraphormerEncoding,
+    "depth": graphs.DepthEncoding,
+}
 _ACTS = {"relu": nn.ReLU, "gelu": nn.GELU}
+_STABLE = ("gine", "gated_gcn")
 
 
-class NodeAttention(nn.Module):
-    r"""Softmax attention among all nodes of each graph: $W_o\,\mathrm{softmax}(d^{-1/2} Q K^\top) V$.
-
-    The authors pad graphs to one length and mask; here no graph is padded beyond the next power of two.
-
-    Args:
-        drop: rate at which attention weights are dropped in training.
-    """
-
-    def __init__(self, dim: int, num_heads: int, *, drop: float = 0.0) -> None:
-        super().__init__()
-        self.head_dim = heads_of(dim, num_heads)
-        self.num_heads, self.drop = num_heads, drop
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-        nn.init.xavier_uniform_(self.qkv.weight)
-        nn.init.zeros_(self.qkv.bias)
-        nn.init.zeros_(self.proj.bias)
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        return q, k, v
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """`(N, dim)`, graph by graph -> the same shape."""
-        q, k, v = self._split(x)
-        if not (self.training and self.drop):
-            return self.proj(ops.grouped_attention(q, k, v, offsets).flatten(-2))
-        out = torch.zeros_like(q)
-        for bucket in buckets(offsets, offsets):
-            qs, ks, vs = (part[bucket.rows].transpose(1, 2) for part in (q, k, v))
-            mask = bucket.key_exists[:, None, None]
-            mixed = F.scaled_dot_product_attention(qs, ks, vs, mask, dropout_p=self.drop).transpose(1, 2)
-            out = out.index_put((bucket.rows[bucket.row_exists],), mixed[bucket.row_exists])
-        return self.proj(out.flatten(-2))
-
-    def dense(self, x: Tensor) -> Tensor:
-        """`(B, N, dim)`, B graphs of one size -> the same shape."""
-        return self.proj(ops.attention(*self._split(x)).flatten(-2))  # type: ignore[union-attr]
+def edge_width(local: str | None, dim: int) -> int:
+    """Channels of the edges in a model of `dim` channels; PNA's are cut at 128."""
+    return min(128, dim) if local == "pna" else dim
 
 
-class PerformerAttention(nn.Module):
-    r"""Linear attention with positive random features, FAVOR+ (Choromanski et al., 2021, arXiv 2009.14794).
-
-    $$\phi(x) = m^{-1/2} (e^{s W x - s^2 |x|^2 / 2 - \max} + 10^{-4}),\quad s = d^{-1/4},\quad
-      \mathrm{out} = \phi(q)\,\frac{\sum_j \phi(k_j) v_j^\top}{\phi(q)^\top \sum_j \phi(k_j)}$$
-
-    W has m = d ln d rows, random and orthogonal in blocks of d, and is drawn once. Heads are `head_dim` wide whatever
-    `dim` is. The maximum runs over the features of a query, and over features and nodes of a graph for its keys.
-
-    Args:
-        drop: rate of dropout on the output.
-        authors_quirks: as the released code does, pad graphs to the largest one and let the padding (k = 0) take part in
-            the maximum and in the normaliser, so that a graph's output depends on the others in its batch.
-    """
-
-    projection: Tensor
-
-    def __init__(
-        self, dim: int, num_heads: int, *, head_dim: int = 64, drop: float = 0.0, authors_quirks: bool = False
-    ) -> None:
-        super().__init__()
-        checks.positive("num_heads", num_heads)
-        self.num_heads, self.head_dim, self.authors_quirks = num_heads, head_dim, authors_quirks
-        self.q, self.k, self.v = (nn.Linear(dim, num_heads * head_dim, bias=False) for _ in range(3))
-        self.proj = nn.Linear(num_heads * head_dim, dim)
-        self.drop = nn.Dropout(drop)
-        self.register_buffer("projection", orthogonal_features(int(head_dim * math.log(head_dim)), head_dim))
-
-    def _features(self, x: Tensor, axes: tuple[int, ...], exists: Tensor | None) -> Tensor:
-        """`(B, N, heads, d)` -> `(B, N, heads, m)`, zero where a node does not exist."""
-        x = x * self.head_dim**-0.25
-        logits = x @ self.projection.t()
-        known = logits if exists is None else logits.masked_fill(~exists, -math.inf)
-        most = known.detach().amax(axes, keepdim=True)
-        half = x.square().sum(-1, keepdim=True) / 2
-        features = ((known - half - most).exp() + 1e-4) * self.projection.shape[0] ** -0.5
-        return features if exists is None else features * exists
-
-    def dense(self, x: Tensor, exists: Tensor | None = None) -> Tensor:
-        """`(B, N, dim)`, B graphs of one size or padded (`exists` `(B, N)`) -> the same shape."""
-        q, k, v = (part(x).unflatten(-1, (self.num_heads, self.head_dim)) for part in (self.q, self.k, self.v))
-        real = None if exists is None else exists[..., None, None]
-        if real is not None:
-            v = v * real
-        q = self._features(q, (-1,), None)
-        k = self._features(k, (1, 3), None if self.authors_quirks else real)
-        out = ops.linear_attention(q, k, v, eps=0.0)
-        return self.drop(self.proj(out.flatten(-2)))  # type: ignore[union-attr]
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """`(N, dim)`, graph by graph -> the same shape."""
-        out = torch.zeros_like(x)
-        for rows, exists in _one_batch(offsets) if self.authors_quirks else _batches(offsets):
-            batch = x[rows] * exists.unsqueeze(-1)
-            out = out.index_put((rows[exists],), self.dense(batch, exists)[exists])
-        return out
+def make_local(
+    kind: Local, dim: int, num_heads: int, *, act: str, stable: bool, **options: Any
+) -> graphs.MessagePassing:
+    """Message passing by name; `options` are those of its class (`scalers=` and so on of "pna")."""
+    checks.one_of("local", kind, LOCALS)
+    if stable and kind not in _STABLE:
+        raise ValueError(
+            f"local={kind!r} takes no position codes (stable=True): use {' or '.join(map(repr, _STABLE))}."
+        )
+    if kind in _STABLE:
+        options = {"act": _ACTS[act], "stable": stable, **options}
+    elif kind == "gin":
+        options = {"act": _ACTS[act], **options}
+    elif kind == "gat":
+        options = {"num_heads": num_heads, **options}
+    elif kind == "pna":
+        options = {"edge_dim": edge_width(kind, dim), **options}
+    return LOCALS[kind](dim, **options)
 
 
-def _batches(offsets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(bucket.rows, bucket.row_exists) for bucket in buckets(offsets, offsets)]
-
-
-def _one_batch(offsets: Tensor) -> list[tuple[Tensor, Tensor]]:
-    sizes = offsets.diff()
-    slot = torch.arange(int(sizes.max()), device=offsets.device)
-    exists = slot < sizes[:, None]
-    return [(torch.where(exists, offsets[:-1, None] + slot, 0), exists)]
-
-
-def orthogonal_features(count: int, dim: int) -> Tensor:
-    """`(count, dim)`: random rows, orthogonal within blocks of `dim`, as long as rows of a normal matrix would be."""
-    blocks = [torch.linalg.qr(torch.randn(dim, dim)).Q.t() for _ in range(-(-count // dim))]
-    return torch.cat(blocks)[:count] * torch.randn(count, dim).norm(dim=1, keepdim=True)
-
-
-def _local(kind: str | None, dim: int, act: str, stable: bool) -> MessagePassing | None:
-    if kind is None:
-        return None
-    if checks.one_of("local", kind, ("gine", "gated_gcn", "gcn")) == "gcn":
-        if stable:
-            raise ValueError("local='gcn' takes no position codes (stable=True): use 'gine' or 'gated_gcn'.")
-        return GCN(dim)
-    return {"gine": GINE, "gated_gcn": GatedGCN}[kind](dim, act=_ACTS[act], stable=stable)
-
-
-def _attention(
-    kind: str | None, dim: int, num_heads: int, drop: float, quirks: bool
-) -> NodeAttention | PerformerAttention | None:
-    if kind is None:
-        return None
-    if checks.one_of("attention", kind, ("transformer", "performer")) == "transformer":
-        return NodeAttention(dim, num_heads, drop=drop)
-    return PerformerAttention(dim, num_heads, drop=drop, authors_quirks=quirks)
+def make_attention(
+    kind: Attention, dim: int, num_heads: int, *, drop: float, attn_drop: float, quirks: bool, **options: Any
+) -> graphs.NodeAttention | graphs.PerformerAttention | graphs.BigBirdLayer:
+    """Attention by name; `options` are those of its class (`block_size=` and so on of "bigbird")."""
+    if checks.one_of("attention", kind, ATTENTIONS) == "performer":
+        return graphs.PerformerAttention(dim, num_heads, drop=attn_drop, authors_quirks=quirks, **options)
+    if kind == "bigbird":
+        return graphs.BigBirdLayer(dim, num_heads, drop=drop, **options)
+    return graphs.NodeAttention(dim, num_heads, drop=attn_drop, **options)
 
 
 class GPSLayer(nn.Module):
@@ -189,6 +100,7 @@ class GPSLayer(nn.Module):
         norm: "batch" over all nodes of the batch, "layer" over each graph, or None.
         dropout: after each branch and in the feed-forward network. attn_dropout: in the attention.
         stable: message passing is scaled by the distance of position codes (EquivStable LapPE).
+        local_options, attention_options: of the classes behind the names, in `regard.layers.graphs`.
     """
 
     def __init__(
@@ -203,23 +115,32 @@ class GPSLayer(nn.Module):
         dropout: float = 0.0,
         attn_dropout: float = 0.0,
         stable: bool = False,
+        local_options: Options | None = None,
+        attention_options: Options | None = None,
         authors_quirks: bool = False,
     ) -> None:
         super().__init__()
-        if local is None and attention is None:
-            raise ValueError("a layer needs local or attention, both are None.")
+        _some_branch(local, attention)
         checks.one_of("act", act, _ACTS)
         if norm is not None:
             checks.one_of("norm", norm, ("batch", "layer"))
-        made = {"batch": BatchNorm, "layer": GraphLayerNorm, None: lambda _: nn.Identity()}[norm]
-        self.local = _local(local, dim, act, stable)
-        self.attention = _attention(attention, dim, num_heads, attn_dropout, authors_quirks)
-        self.norm_local = None if local is None else made(dim)
-        self.norm_attention = None if attention is None else made(dim)
+        made = {"batch": BatchNorm, "layer": graphs.GraphLayerNorm, None: lambda _: nn.Identity()}[norm]
+        self.local: graphs.MessagePassing | None = None
+        self.attention: nn.Module | None = None
+        self.norm_local: nn.Module | None = None
+        self.norm_attention: nn.Module | None = None
+        if local is not None:
+            self.local = make_local(local, dim, num_heads, act=act, stable=stable, **(local_options or {}))
+            self.norm_local = made(dim)
+        if attention is not None:
+            drops = {"drop": dropout, "attn_drop": attn_dropout, "quirks": authors_quirks}
+            self.attention = make_attention(attention, dim, num_heads, **drops, **(attention_options or {}))
+            self.norm_attention = made(dim)
+        self.biased = attention == "biased_transformer"
         self.fc1, self.fc2 = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim)
         self.act, self.drop, self.norm = _ACTS[act](), nn.Dropout(dropout), made(dim)
 
-    def forward(self, x: Tensor, edges: Tensor | None, index: GraphIndex) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, edges: Tensor | None, index: graphs.GraphIndex) -> tuple[Tensor, Tensor | None]:
         """x `(N, dim)`, edges `(E, dim)` -> both, of the same shapes; only GatedGCN changes the edges."""
         branches = []
         if self.local is not None:
@@ -227,14 +148,24 @@ class GPSLayer(nn.Module):
             branches.append(_normed(self.norm_local, x + self.drop(update), index))
             edges = edges if new_edges is None else edges + self.drop(new_edges)
         if self.attention is not None:
-            branches.append(_normed(self.norm_attention, x + self.drop(self.attention(x, index.offsets)), index))
+            if self.biased and index.bias is None:
+                raise ValueError(
+                    "attention='biased_transformer' needs a bias: give the model the encoding 'graphormer'."
+                )
+            update = self.attention(x, index.offsets, *([index.bias] if self.biased else []))
+            branches.append(_normed(self.norm_attention, x + self.drop(update), index))
         x = torch.stack(branches).sum(0)
         x = x + self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
         return _normed(self.norm, x, index), edges
 
 
-def _normed(norm: nn.Module | None, x: Tensor, index: GraphIndex) -> Tensor:
-    return norm(x, index) if isinstance(norm, GraphLayerNorm) else norm(x)  # type: ignore[misc]
+def _some_branch(local: str | None, attention: str | None) -> None:
+    if local is None and attention is None:
+        raise ValueError("give local or attention, both are None.")
+
+
+def _normed(norm: nn.Module | None, x: Tensor, index: graphs.GraphIndex) -> Tensor:
+    return norm(x, index) if isinstance(norm, graphs.GraphLayerNorm) else norm(x)  # type: ignore[misc]
 
 
 @register_mixer("gps")
@@ -247,7 +178,7 @@ class GPSMixer(Mixer):
     the GPS layer has of its own (`GPSLayer`), belong to the block around the mixer.
 
     Args:
-        dim: channels. num_heads: of the attention. local, attention: as in `GPSLayer`.
+        dim: channels. num_heads: of the attention. local, attention: as in `GPSLayer`, but not "biased_transformer".
     """
 
     def __init__(
@@ -256,15 +187,22 @@ class GPSMixer(Mixer):
         num_heads: int,
         *,
         local: Local | None = "gine",
-        attention: Attention | None = "transformer",
+        attention: Literal["transformer", "performer", "bigbird"] | None = "transformer",
     ) -> None:
         super().__init__()
-        if local is None and attention is None:
-            raise ValueError("the mixer needs local or attention, both are None.")
+        _some_branch(local, attention)
+        if attention == "biased_transformer":
+            raise ValueError("attention='biased_transformer' has no bias on a grid: use 'transformer'.")
         self.dim, self.num_heads = dim, num_heads
-        self.local = _local(local, dim, "relu", stable=False)
-        self.attention = _attention(attention, dim, num_heads, 0.0, quirks=False)
-        self.directions = nn.Embedding(2 * max(self.dims), dim) if local not in (None, "gcn") else None
+        self.local: graphs.MessagePassing | None = None
+        self.attention: nn.Module | None = None
+        self.directions: nn.Embedding | None = None
+        if local is not None:
+            self.local = make_local(local, dim, num_heads, act="relu", stable=False)
+            if self.local.reads_edges:
+                self.directions = nn.Embedding(2 * max(self.dims), edge_width(local, dim))
+        if attention is not None:
+            self.attention = make_attention(attention, dim, num_heads, drop=0.0, attn_drop=0.0, quirks=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
@@ -283,94 +221,29 @@ class GPSMixer(Mixer):
         return f"dim={self.dim}, num_heads={self.num_heads}"
 
 
-class NodeEncoder(nn.Module):
-    """Features of a node, joined with codes of where it is: `(N, dim)`.
-
-    Args:
-        features: `FeatureEncoder` of `graph["x"]`. encodings: modules on the graph that give `(N, width)` each.
-        pre: normalise, rectify and scale the features to length 1 (GraphGym's layer before the message passing).
-    """
-
-    def __init__(self, features: FeatureEncoder, encodings: Sequence[nn.Module], pre: int | None = None) -> None:
-        super().__init__()
-        self.features = features
-        self.pre = None if pre is None else BatchNorm(pre)
-        self.encodings = nn.ModuleList(encodings)
-
-    def forward(self, graph: Mapping[str, Tensor]) -> Tensor:
-        """Graph -> `(N, dim)`."""
-        x = self.features(graph["x"])
-        if self.pre is not None:
-            x = F.normalize(F.relu(self.pre(x)), dim=-1)
-        return torch.cat([x, *(encoding(graph) for encoding in self.encodings)], -1)
-
-
-class EdgeEncoder(nn.Module):
-    """`graph["edge_attr"]` -> `(E, dim)`; with a single edge type it need not be there."""
-
-    def __init__(self, features: FeatureEncoder, single: bool) -> None:
-        super().__init__()
-        self.features, self.single = features, single
-
-    def forward(self, graph: dict[str, Tensor]) -> Tensor:
-        """Graph -> `(E, dim)`."""
-        if self.single:
-            return self.features(torch.zeros_like(graph["edge_index"][0]))
-        return self.features(needed(graph, "edge_attr", "your data: the types or features of the edges"))
-
-
 class GPS(GraphModel):
     """Encoders, `depth` GPS layers and a head (section 3); GraphGym's options under plain names.
 
     Args:
         dim, depth, num_heads: width, layers and heads.
-        local, attention, norm, act, dropout, attn_dropout, authors_quirks: see `GPSLayer`.
+        local, attention, norm, act, dropout, attn_dropout, local_options, attention_options: see `GPSLayer`.
         node_types: number of node types, or a list of such numbers, one for each column of `graph["x"]`;
             in_chans instead: width of float features. edge_types, edge_chans: the same for `graph["edge_attr"]`; one
-            type means that edges carry nothing, none of the two that message passing reads no edges ("gcn").
-        rwse_steps, rwse_dim: steps and code width of the random-walk encoding, None for none. lap_dim: code width of
-            the Laplacian encoding. stable_freqs: eigenvectors of the EquivStable encoding.
-        head: "san" (widths dim, dim/2, dim/4) or "mlp" (`head_layers` of width dim, hidden vectors of length 1).
-        pooling: for answers about graphs; None answers for every node.
+            type means that edges carry nothing, none of the two that message passing reads no edges.
+        encodings: one dictionary for each, in their order: its `name` ("lappe", "stable_lappe", "signnet", "rwse", "hkdiag",
+            "elstatic", "graphormer", "depth") and options of its class in `regard.layers.graphs`.
+            `[{"name": "rwse", "dim": 28, "steps": 20}]` joins 28 channels to the features. `prepare(graph)` computes what
+            they read.
+        head: "san" (widths dim, dim/2, dim/4), "mlp" (`head_layers` of width dim, hidden vectors of length 1),
+            "graphormer" (LayerNorm and one layer), "pairs" (answers for `graph["pairs"]`), "sequence" (one layer for each of
+            some places). head_options: of "pairs" (`decode`) and "sequence" (`length`).
+        pooling: for answers about graphs; None answers for every node, "token" takes Graphormer's token.
         pre_layer: one linear layer with BatchNorm before the message passing in place of an encoder.
+        authors_quirks: what the released code does where it does not do what the paper means; see
+            `PerformerAttention` and `GraphormerEncoding`.
     """
 
-    authors_keys = KeyMap(
-        rules=[
-            (r"^model\.", ""),
-            (r"^encoder\.node_encoder\.(encoder1\.encoder|encoder|linear_x)\.", "node_encoder.features.encoder."),
-            (r"^encoder\.node_encoder\.encoder1\.atom_embedding_list\.", "node_encoder.features.tables."),
-            (r"^encoder\.node_encoder\.encoder2\.linear_enc", "position_encoder.linear_enc"),
-            (r"^encoder\.node_encoder\.encoder(\d)\.", lambda m: f"node_encoder.encodings.{int(m[1]) - 2}."),
-            (r"^encoder\.node_encoder\.", "node_encoder.encodings.0."),
-            (r"(node_encoder\.encodings\.\d)\.pe_encoder\.1\.", r"\1.pe_encoder."),
-            (r"^encoder\.edge_encoder\.bond_embedding_list\.", "edge_encoder.features.tables."),
-            (r"^encoder\.edge_encoder\.", "edge_encoder.features."),
-            (r"^pre_mp\.Layer_0\.layer\.model\.", "node_encoder.features.encoder."),
-            (r"^pre_mp\.Layer_0\.post_layer\.0\.", "node_encoder.pre."),
-            (r"(^|\.)local_model\.nn\.0\.", r"\1local.mlp.fc1."),
-            (r"(^|\.)local_model\.nn\.2\.", r"\1local.mlp.fc2."),
-            (r"(^|\.)local_model\.mlp_r_ij\.0\.", r"\1local.gate.fc1."),
-            (r"(^|\.)local_model\.mlp_r_ij\.2\.", r"\1local.gate.fc2."),
-            (r"(^|\.)local_model\.bn_node_x\.", r"\1local.norm_nodes."),
-            (r"(^|\.)local_model\.bn_edge_e\.", r"\1local.norm_edges."),
-            (r"(^|\.)local_model\.", r"\1local."),
-            (r"self_attn\.in_proj_", "attention.qkv."),
-            (r"self_attn\.(out_proj|to_out)\.", "attention.proj."),
-            (r"self_attn\.to_", "attention."),
-            (r"self_attn\.fast_attention\.projection_matrix", "attention.projection"),
-            (r"self_attn\.", "attention."),
-            (r"norm1_local\.", "norm_local."),
-            (r"norm1_attn\.", "norm_attention."),
-            (r"norm2\.", "norm."),
-            (r"ff_linear(\d)\.", r"fc\1."),
-            (r"^post_mp\.FC_layers\.2\.", "head.out."),
-            (r"^post_mp\.FC_layers\.", "head.hidden."),
-            (r"^post_mp\.layer_post_mp\.model\.0\.Layer_(\d+)\.layer\.model\.", r"head.hidden.\1."),
-            (r"^post_mp\.layer_post_mp\.model\.[01]\.model\.", "head.out."),
-        ],
-        drop=[r"local_model\.eps$"],
-    )
+    authors_keys = AUTHORS_KEYS
 
     def __init__(
         self,
@@ -384,64 +257,104 @@ class GPS(GraphModel):
         act: str = "relu",
         dropout: float = 0.0,
         attn_dropout: float = 0.5,
+        local_options: Options | None = None,
+        attention_options: Options | None = None,
         node_types: int | Sequence[int] | None = None,
         in_chans: int | None = None,
         edge_types: int | Sequence[int] | None = None,
         edge_chans: int | None = None,
-        rwse_steps: int = 16,
-        rwse_dim: int | None = None,
-        lap_dim: int | None = None,
-        stable_freqs: int | None = None,
-        head: Literal["san", "mlp"] = "san",
+        encodings: Sequence[Options] = (),
+        head: Head = "san",
         head_layers: int = 3,
+        head_options: Options | None = None,
         pooling: Pooling | None = "mean",
         pre_layer: bool = False,
         num_classes: int = 1,
         authors_quirks: bool = False,
     ) -> None:
-        checks.one_of("head", head, ("san", "mlp"))
-        rest = dim - (rwse_dim or 0) - (lap_dim or 0)
-        if rest < 1:
-            raise ValueError(f"rwse_dim and lap_dim must leave room for the features in dim={dim}, {rest} are left.")
-        features = FeatureEncoder(rest, types=node_types, chans=in_chans)
+        shared = {"num_heads": num_heads, "edge_types": edge_types, "authors_quirks": authors_quirks}
+        made = _encodings(dim, encodings, for_graphormer=shared)
+        rest = dim - sum(encoding.dim for encoding in made)
+        features = graphs.FeatureEncoder(rest, types=node_types, chans=in_chans)
         if pre_layer:
             features.encoder = nn.Linear(in_chans or 1, rest, bias=False)
-        encodings: list[nn.Module] = [] if lap_dim is None else [LapPE(lap_dim)]
-        if rwse_dim is not None:
-            encodings.append(RWSE(rwse_dim, rwse_steps))
-        edges = None
+        edges, width = None, edge_width(local, dim)
         if edge_types is not None or edge_chans is not None:
-            edges = EdgeEncoder(FeatureEncoder(dim, types=edge_types, chans=edge_chans), single=edge_types == 1)
-        widths = [dim, dim // 2, dim // 4] if head == "san" else [dim] * head_layers
-        super().__init__(
-            node_encoder=NodeEncoder(features, encodings, rest if pre_layer else None),
-            edge_encoder=edges,
-            position_encoder=None if stable_freqs is None else StableLapPE(dim, stable_freqs),
-            layers=[
-                GPSLayer(
-                    dim,
-                    num_heads,
-                    local=local,
-                    attention=attention,
-                    norm=norm,
-                    act=act,
-                    dropout=dropout,
-                    attn_dropout=attn_dropout,
-                    stable=stable_freqs is not None,
-                    authors_quirks=authors_quirks,
-                )
-                for _ in range(depth)
-            ],
-            head=GraphHead(
-                widths,
-                num_classes,
-                pooling=pooling,
-                act=_ACTS[checks.one_of("act", act, _ACTS)] if head == "san" else nn.ReLU,
-                unit_length=head == "mlp",
-            ),
-        )
-        if edges is None and local in ("gine", "gated_gcn"):
+            edges = EdgeEncoder(
+                graphs.FeatureEncoder(width, types=edge_types, chans=edge_chans), single=edge_types == 1
+            )
+        elif local is not None and LOCALS[checks.one_of("local", local, LOCALS)].reads_edges:
             raise ValueError(f"local={local!r} reads edges: give edge_types (1 if edges carry nothing) or edge_chans.")
+        token = any(one.get("token", False) for one in encodings)
+        if (pooling == "token") > token or (token and pooling is None):
+            raise ValueError(f"pooling={pooling!r} does not go with token={token} of the encoding 'graphormer'.")
+        layer_options = {
+            "local": local,
+            "attention": attention,
+            "norm": norm,
+            "act": act,
+            "dropout": dropout,
+            "attn_dropout": attn_dropout,
+            "stable": any(one["name"] == "stable_lappe" for one in encodings),
+            "local_options": local_options,
+            "attention_options": attention_options,
+            "authors_quirks": authors_quirks,
+        }
+        super().__init__(
+            node_encoder=NodeEncoder(features, made, rest if pre_layer else None),
+            edge_encoder=edges,
+            layers=[GPSLayer(dim, num_heads, **layer_options) for _ in range(depth)],
+            head=_head(head, dim, num_classes, head_layers, pooling, act, head_options or {}),
+        )
+
+    def adapt_state_dict(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The authors' layers have norms for both branches, used or not: without those of a branch that is not here."""
+        own = self.state_dict().keys()
+        return {
+            key: value
+            for key, value in state.items()
+            if key in own or not re.search(r"\.norm_(local|attention)\.", key)
+        }
+
+
+def _encodings(dim: int, encodings: Sequence[Options], for_graphormer: Options) -> list[graphs.Encoding]:
+    """Encodings in their order, for features that are `dim` wide with all that is joined to them."""
+    parts = []
+    for given in encodings:
+        name, options = given.get("name", ""), {key: value for key, value in given.items() if key != "name"}
+        kind = ENCODINGS[checks.one_of("the name of an encoding", name, ENCODINGS)]
+        if kind.joins and "dim" not in options:
+            raise ValueError(f"the encoding {name!r} must give dim, the channels that it joins; got {dict(given)}.")
+        parts.append((kind, {**for_graphormer, **options} if name == "graphormer" else options))
+    width = dim - sum(options["dim"] for kind, options in parts if kind.joins)
+    if width < 1:
+        raise ValueError(f"encodings must leave room for the features: they join {dim - width} of dim={dim} channels.")
+    made = []
+    for kind, options in parts:
+        made.append(kind(**options) if kind.joins else kind(width, **options))
+        width += made[-1].dim
+    shared = {(one.freqs, one.normalization) for one in made if isinstance(one, graphs.LaplacianEncoding)}
+    if len(shared) > 1:
+        raise ValueError(
+            f"encodings read the same eigenvectors: give them equal freqs and normalization, got {shared}."
+        )
+    return made
+
+
+def _head(
+    kind: Head, dim: int, num_classes: int, layers: int, pooling: Pooling | None, act: str, options: Options
+) -> GraphHead | SequenceHead:
+    if checks.one_of("head", kind, ("san", "mlp", "graphormer", "pairs", "sequence")) == "pairs":
+        return PairHead(dim, num_classes, layers=layers, **options)
+    if kind == "sequence":
+        if pooling is None:
+            raise ValueError("head='sequence' answers for graphs: give a pooling.")
+        return SequenceHead(dim, num_classes, pooling=pooling, **options)
+    if kind == "san":
+        return GraphHead([dim, dim // 2, dim // 4], num_classes, pooling=pooling, act=_ACTS[act], **options)
+    if kind == "graphormer":
+        return GraphHead([dim], num_classes, pooling=pooling, norm=True, **options)
+    return GraphHead([dim] * layers, num_classes, pooling=pooling, unit_length=True, **options)
 
 
 _CODE = "parameters counted from the authors' GPSModel and configs/GPS/{}.yaml"

@@ -22,7 +22,7 @@ from regard.layers.points import PointMixer, grid_sine_code
 from regard.layouts.points import EqualGroups, equal_groups, flattened_windows
 from regard.registry import System, Variant, register_mixer, register_system
 from regard.skeletons.base import Model
-from regard.skeletons.points import CellDetector
+from regard.skeletons.points import CellClassifier, CellDetector
 
 
 @register_mixer("flattened_window")
@@ -86,9 +86,11 @@ class FlattenedWindowAttention(PointMixer):
     def attend(self, x: Tensor, code: Tensor, groups: EqualGroups) -> Tensor:
         """Cells `(N, dim)` and their position codes `(N, dim)` -> `(N, dim)`."""
         weight, bias, split = self.qkv.weight, self.qkv.bias, 2 * self.dim
-        q, k = F.linear(x + code, weight[:split], bias[:split]).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
+        # Cells are gathered before the projections: groups hold hardly more slots than there are cells.
+        x, code = (part.index_select(0, groups.rows.flatten()).view(*groups.rows.shape, self.dim) for part in (x, code))
+        q, k = F.linear(x + code, weight[:split], bias[:split]).unflatten(-1, (2, self.num_heads, -1)).unbind(2)
         v = F.linear(x, weight[split:], bias[split:]).unflatten(-1, (self.num_heads, -1))
-        out = ops.attention(*(part[groups.rows] for part in (q, k, v)))
+        out = ops.attention(q, k, v)
         return self.proj(groups.scatter(out).flatten(1))  # type: ignore[arg-type]
 
     def mix(self, x: Tensor, coordinates: Tensor, counts: Sequence[int]) -> Tensor:
@@ -218,8 +220,7 @@ class FlatFormer(CellDetector):
         num_classes: int = 3,
         in_chans: int = 5,
     ) -> None:
-        if vfe_dims[-1] != dim:
-            raise ValueError(f"the last of vfe_dims must be dim={dim}, got {tuple(vfe_dims)}.")
+        _check_widths(vfe_dims, dim)
         ups = [math.prod(stage_strides[1 : stage + 1]) for stage in range(len(stage_strides))]
         super().__init__(
             point_encoder=DynamicVFE(in_chans, vfe_dims, voxel_size, point_range),
@@ -243,8 +244,48 @@ class FlatFormer(CellDetector):
             ),
             voxel_size=voxel_size,
             point_range=point_range,
-            in_chans=in_chans,
+            point_chans=in_chans,
         )
+
+
+class FlatFormerClassifier(CellClassifier):
+    """The encoder as a classifier of whole clouds. The paper has detection only; this is for clouds in folders.
+
+    Args:
+        num_classes: of clouds. in_chans: features of a point beside its place.
+        dim, num_heads, num_blocks, window_size, group_size, vfe_dims: as in `FlatFormer`.
+        voxel_size, point_range: of the pillars; by default 16 x 16 over the cube around the unit ball.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        dim: int = 128,
+        num_heads: int = 8,
+        num_blocks: int = 2,
+        window_size: int = 9,
+        group_size: int = 69,
+        *,
+        vfe_dims: Sequence[int] = (64, 128),
+        voxel_size: Sequence[float] = (0.125, 0.125, 2.0),
+        point_range: Sequence[float] = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0),
+        in_chans: int = 3,
+    ) -> None:
+        _check_widths(vfe_dims, dim)
+        super().__init__(
+            dim,
+            num_classes,
+            point_encoder=DynamicVFE(3 + in_chans, vfe_dims, voxel_size, point_range),
+            encoder=FlatFormerEncoder(dim, num_heads, num_blocks, window_size, group_size),
+            voxel_size=voxel_size,
+            point_range=point_range,
+            point_chans=3 + in_chans,
+        )
+
+
+def _check_widths(vfe_dims: Sequence[int], dim: int) -> None:
+    if vfe_dims[-1] != dim:
+        raise ValueError(f"the last of vfe_dims must be dim={dim}, got {tuple(vfe_dims)}.")
 
 
 _CODE = "counted from the authors' classes"
