@@ -26,8 +26,11 @@ class Windows(NamedTuple):
 class WindowAttention(FlattenedWindowAttention):
     """Attention inside the windows, shifted in every second layer: SST's regional attention. Parameters as in its parent.
 
-    Windows of similar counts are computed as one batch, padded to the next power of two.
+    Attributes:
+        backend: of `grouped_attention`. "torch" pads windows to the next power of two, "auto" takes what is fastest here.
     """
+
+    backend = "auto"
 
     def groups(self, coordinates: Tensor, counts: Sequence[int]) -> Windows:  # type: ignore[override]
         """The windows of cells at these coordinates."""
@@ -45,17 +48,18 @@ class WindowAttention(FlattenedWindowAttention):
         x, code = x.index_select(0, groups.order), code.index_select(0, groups.order)
         q, k = F.linear(x + code, weight[:split], bias[:split]).unflatten(-1, (2, self.num_heads, -1)).unbind(1)
         v = F.linear(x, weight[split:], bias[split:]).unflatten(-1, (self.num_heads, -1))
-        out = self.proj(ops.grouped_attention(q, k, v, groups.offsets).flatten(1))
+        out = self.proj(ops.grouped_attention(q, k, v, groups.offsets, backend=self.backend).flatten(1))
         return torch.empty_like(out).index_copy(0, groups.order, out)
 
 
-def in_windows(model: FlatFormer) -> FlatFormer:
+def in_windows(model: FlatFormer, backend: str = "auto") -> FlatFormer:
     """Change a detector's groups into windows of the same size; the weights stay."""
     for layer in model.encoder.layers:  # type: ignore[union-attr]
         old = layer.mixer
         layer.mixer = WindowAttention(
             old.dim, old.num_heads, window_size=old.window_size, axis=old.axis, shift=old.shift
         )
+        layer.mixer.backend = backend
         layer.mixer.load_state_dict(old.state_dict())
     return model
 

@@ -78,7 +78,10 @@ def threads() -> list[Case]:
     )
     cases = [make_case("linear_attention", causal=True), *map(make_case, names)]
     pairs = [[c.contenders[0], replace(c.contenders[0], name="one thread", threads=1)] for c in cases]
-    return [replace(case, contenders=pair, threads=2) for case, pair in zip(cases, pairs, strict=True)]
+    return [
+        replace(case, title=f"{case.title}, two threads", contenders=pair, threads=2)
+        for case, pair in zip(cases, pairs, strict=True)
+    ]
 
 
 BARS: dict[str, Callable[[], list[Case]]] = {

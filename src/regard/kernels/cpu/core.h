@@ -45,7 +45,7 @@ inline uint16_t narrow(float value) {  // round to nearest, ties to even
 // Rows that belong together lie far apart, where no hardware foresees them: asked for one group ahead.
 inline void foresee(const Rows& from, const char* row, int width) {
   const int bytes = width * (from.half ? 2 : 4);
-  for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 2);
+  for (int offset = 0; offset < bytes; offset += 64) __builtin_prefetch(row + offset, 0, 3);
 }
 
 // `to[0:width] = scale * row`, zeros up to `stride`.
@@ -109,6 +109,8 @@ class Scratch {
   T* take_of(size_t n) {  // T no larger than two floats
     return reinterpret_cast<T*>(take(2 * n));
   }
+  size_t mark() const { return used_; }
+  void back_to(size_t mark) { used_ = mark; }  // gives up what was taken since
   void reset(size_t n) {
     n += 32 * 16;  // room to align each of the parts
     if (n > size_) {

@@ -68,20 +68,66 @@ struct BiasTables {
   }
 };
 
-// The keys and values of one group and head, packed. For gradients also with the roles of rows and lanes exchanged.
+// The rows of one group, copied for several heads at once: where they lie in memory, the heads of a row are neighbours.
+struct Stage {
+  int wide, stride, value_stride;
+  int64_t queries;
+  float *q, *k, *v, *go;
+
+  // How many heads of keys to take at a time: as many as a cache holds with ease.
+  static int64_t heads(const GroupedProblem& p, int queries, int keys) {
+    const int64_t repeat = p.heads / p.kv_heads;
+    const int64_t each = padded(keys) * (padded(p.width) + padded(p.value_width)) +
+                         repeat * queries * (padded(p.width) + padded(p.value_width));
+    return std::max<int64_t>(1, std::min<int64_t>(p.kv_heads, 131072 / std::max<int64_t>(1, each)));
+  }
+  static size_t size(const GroupedProblem& p, int queries, int keys, int64_t heads) {
+    const size_t width = padded(p.width) + padded(p.value_width);
+    return heads * (padded(keys) + p.heads / p.kv_heads * queries) * width;
+  }
+
+  Stage(const GroupedProblem& p, const Groups& groups, int64_t b, int64_t g, int64_t first, int64_t heads,
+        const Rows* out_gradient, Scratch& memory)
+      : wide(padded(groups.keys(g))), stride(padded(p.width)), value_stride(padded(p.value_width)),
+        queries(groups.queries(g)) {
+    const int64_t repeat = p.heads / p.kv_heads, keys = groups.keys(g);
+    q = memory.take(heads * repeat * queries * stride);
+    k = memory.take(heads * wide * stride);
+    v = memory.take(heads * wide * value_stride);
+    go = out_gradient ? memory.take(heads * repeat * queries * value_stride) : nullptr;
+    const int32_t* k_rows = groups.k_rows.data() + groups.k_start[g];
+    const int32_t* q_rows = groups.q_rows.data() + groups.q_start[g];
+    copy(p.k, b, k_rows, keys, first, heads, p.width, k, wide, stride, 1);
+    copy(p.v, b, k_rows, keys, first, heads, p.value_width, v, wide, value_stride, 1);
+    copy(p.q, b, q_rows, queries, first * repeat, heads * repeat, p.width, q, queries, stride, p.scale);
+    if (go)
+      copy(*out_gradient, b, q_rows, queries, first * repeat, heads * repeat, p.value_width, go, queries, value_stride, 1);
+  }
+
+ private:
+  static void copy(const Rows& from, int64_t b, const int32_t* rows, int64_t count, int64_t first, int64_t heads, int width,
+                   float* to, int64_t slots, int stride, float scale) {
+    for (int64_t j = 0; j < count; ++j) {
+      const char* row = from.at(b, rows[j], first);
+      for (int64_t h = 0; h < heads; ++h) read(from, row + h * from.head, width, to + (h * slots + j) * stride, stride, scale);
+    }
+    for (int64_t h = 0; h < heads; ++h) std::fill_n(to + (h * slots + count) * stride, (slots - count) * stride, 0.f);
+  }
+};
+
+// The keys and values of one group and head. For gradients also with the roles of rows and lanes exchanged.
 struct Packed {
   int count, blocks, stride, value_stride;
-  const float **kt, **v, **k, **vt;  // of each block; k and vt for gradients only
+  const float **kt, **v, **k, **vt;  // of each block; vt for gradients only
   int *lo, *hi;
 
   static size_t size(const GroupedProblem& p, int keys, bool gradients) {
     const size_t slots = padded(keys), width = padded(p.width), value = padded(p.value_width);
-    return (slots + (gradients ? slots : W)) * width + (gradients ? 2 : 1) * slots * value + 12 * (slots / W) + 96;
+    return slots * (width + (gradients ? value : 0)) + 12 * (slots / W) + 96 + 16 * 2 * (slots / W);
   }
 
-  Packed(const GroupedProblem& p, const Groups& groups, int64_t b, int64_t g, int64_t head, Scratch& memory,
-         bool gradients) {
-    count = groups.keys(g);
+  Packed(const GroupedProblem& p, int keys, const float* k_rows, const float* v_rows, Scratch& memory, bool gradients) {
+    count = keys;
     blocks = padded(count) / W;
     stride = padded(p.width);
     value_stride = padded(p.value_width);
@@ -91,59 +137,27 @@ struct Packed {
     vt = memory.take_of<const float*>(blocks);
     lo = memory.take_of<int>(blocks);
     hi = memory.take_of<int>(blocks);
-    const bool in_place = !gradients && !p.k.half && stride == p.width;
-    const int32_t* rows = groups.k_rows.data() + groups.k_start[g];
-    float* k_rows = gradients ? nullptr : memory.take(W * stride);
     for (int block = 0; block < blocks; ++block) {
-      if (gradients) k_rows = memory.take(W * stride);
-      float* v_rows = memory.take(W * value_stride);
-      float* to = memory.take(W * p.width);
-      const float *of_k[W], *of_v[W];
-      const int here = std::min(W, count - block * W);
-      for (int e = 0; e < W; ++e) {
-        float* k_row = k_rows + e * stride;
-        float* v_row = v_rows + e * value_stride;
-        of_k[e] = k_row;
-        of_v[e] = v_row;
-        if (e < here) {
-          const int64_t row = rows[block * W + e];
-          const char* from = p.k.at(b, row, head);
-          if (in_place)
-            of_k[e] = reinterpret_cast<const float*>(from);
-          else
-            read(p.k, from, p.width, k_row, stride);
-          read(p.v, p.v.at(b, row, head), p.value_width, v_row, value_stride);
-        } else {
-          std::fill_n(k_row, stride, 0.f);
-          std::fill_n(v_row, value_stride, 0.f);
-        }
-      }
-      lanes(of_k, p.width, to);
-      kt[block] = to;
-      v[block] = v_rows;
+      k[block] = k_rows + block * W * stride;
+      v[block] = v_rows + block * W * value_stride;
       lo[block] = 0;
-      hi[block] = here;
-      if (gradients) {
-        float* value_lanes = memory.take(W * p.value_width);
-        lanes(of_v, p.value_width, value_lanes);
-        k[block] = k_rows;
-        vt[block] = value_lanes;
-      }
+      hi[block] = std::min(W, count - block * W);
+      kt[block] = turned(k[block], stride, p.width, memory);
+      if (gradients) vt[block] = turned(v[block], value_stride, p.value_width, memory);
     }
   }
 
   Blocks of(const float* const* at) const { return {at, lo, hi, blocks}; }
-};
 
-void foresee_group(const GroupedProblem& p, const Groups& groups, int64_t item, int64_t kv_head) {
-  const int64_t b = item / groups.count(), g = item % groups.count(), repeat = p.heads / p.kv_heads;
-  for (int64_t j = groups.k_start[g]; j < groups.k_start[g + 1]; ++j) {
-    foresee(p.k, p.k.at(b, groups.k_rows[j], kv_head), p.width);
-    foresee(p.v, p.v.at(b, groups.k_rows[j], kv_head), p.value_width);
+ private:
+  static const float* turned(const float* rows, int stride, int width, Scratch& memory) {
+    float* to = memory.take(W * width);
+    const float* each[W];
+    for (int e = 0; e < W; ++e) each[e] = rows + e * stride;
+    lanes(each, width, to);
+    return to;
   }
-  for (int64_t i = groups.q_start[g]; i < groups.q_start[g + 1]; ++i)
-    foresee(p.q, p.q.at(b, groups.q_rows[i], kv_head * repeat), p.width * static_cast<int>(repeat));
-}
+};
 
 // Logits of a strip: products, then the bias or the mask of the lanes behind the last key.
 void strip_logits(const Packed& packed, const float* q, int rows, int width, const float* bias, float* s) {
@@ -211,28 +225,33 @@ void grouped_forward(const GroupedProblem& p, const Groups& groups, Rows out, fl
   if (p.bias != nullptr) tables.fill(p, groups);
   const int stride = padded(p.width), value_stride = padded(p.value_width);
   const int64_t repeat = p.heads / p.kv_heads;
-  parallel(p.batch * groups.count(), [&](int64_t first, int64_t last) {
+  parallel(p.batch * groups.count(), [&](int64_t begin, int64_t end) {
     Scratch& memory = scratch();
-    for (int64_t item = first; item < last; ++item) {
+    for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / groups.count(), g = item % groups.count();
       const int queries = groups.queries(g), keys = groups.keys(g), wide = padded(keys);
-      const int part = queries ? strip_rows(queries, wide / W) : 0;
+      if (queries == 0) continue;
+      const int part = strip_rows(queries, wide / W);
       const int32_t* q_rows = groups.q_rows.data() + groups.q_start[g];
-      for (int64_t kv_head = 0; kv_head < p.kv_heads && queries; ++kv_head) {
-        if (item + 1 < last) foresee_group(p, groups, item + 1, kv_head);
-        memory.reset(Packed::size(p, keys, false) + static_cast<size_t>(part) * (stride + wide + value_stride));
-        const Packed packed(p, groups, b, g, kv_head, memory, false);
-        float* q = memory.take(part * stride);
-        float* s = memory.take(static_cast<size_t>(part) * wide);
-        float* o = memory.take(part * value_stride);
-        for (int64_t head = kv_head * repeat; head < (kv_head + 1) * repeat; ++head) {
+      const int64_t most = Stage::heads(p, queries, keys);
+      for (int64_t first = 0; first < p.kv_heads; first += most) {
+        const int64_t together = std::min(most, p.kv_heads - first);
+        memory.reset(Stage::size(p, queries, keys, together) + Packed::size(p, keys, false) +
+                     static_cast<size_t>(part) * (wide + value_stride));
+        const Stage stage(p, groups, b, g, first, together, nullptr, memory);
+        const auto mark = memory.mark();
+        for (int64_t head = first * repeat; head < (first + together) * repeat; ++head) {
+          memory.back_to(mark);
+          const int64_t kv = head / repeat - first;
+          const Packed packed(p, keys, stage.k + kv * wide * stride, stage.v + kv * wide * value_stride, memory, false);
+          float* s = memory.take(static_cast<size_t>(part) * wide);
+          float* o = memory.take(part * value_stride);
           const float* bias = p.bias == nullptr ? nullptr
                                                 : &tables.values[(p.bias_heads > 1 ? head : 0) * tables.per_head +
                                                                  tables.start[groups.pattern[g]]];
           for (int start = 0; start < queries; start += part) {
             const int here = std::min(part, queries - start);
-            for (int i = 0; i < here; ++i)
-              read(p.q, p.q.at(b, q_rows[start + i], head), p.width, q + i * stride, stride, p.scale);
+            const float* q = stage.q + ((head - first * repeat) * queries + start) * stride;
             strip_logits(packed, q, here, p.width, bias ? bias + static_cast<int64_t>(start) * wide : nullptr, s);
             float totals[64], logs[64];
             std::fill_n(totals, here, kInf);  // a group without keys gives zeros
@@ -241,8 +260,7 @@ void grouped_forward(const GroupedProblem& p, const Groups& groups, Rows out, fl
             for (int i = 0; i < here; ++i) lse[(b * rows + q_rows[start + i]) * p.heads + head] = logs[i];
             mix(s, wide, here, packed.of(packed.v), value_stride, value_stride, o, value_stride);
             for (int i = 0; i < here; ++i)
-              write(out, out.at(b, q_rows[start + i], head), p.value_width, o + i * value_stride,
-                    1.f / totals[i]);
+              write(out, out.at(b, q_rows[start + i], head), p.value_width, o + i * value_stride, 1.f / totals[i]);
           }
         }
       }
@@ -258,84 +276,89 @@ void grouped_backward(const GroupedProblem& p, const Groups& groups, const float
   const int64_t repeat = p.heads / p.kv_heads, per_thread = p.bias_heads * tables.per_head;
   std::vector<float> table_gradients(bias_gradient ? threads() * per_thread : 0, 0.f);
 
-  const auto one = [&](int64_t b, int64_t g, int64_t kv_head) {
+  const auto some = [&](int64_t b, int64_t g, int64_t first_head, int64_t together) {
     Scratch& memory = scratch();
     const int queries = groups.queries(g), keys = groups.keys(g), wide = padded(keys);
     const int part = queries ? strip_rows(queries, wide / W) : 0;
     const int32_t* q_rows = groups.q_rows.data() + groups.q_start[g];
-    memory.reset(Packed::size(p, keys, true) + static_cast<size_t>(wide) * (stride + value_stride) +
-                 4 * (wide / W) + 64 + static_cast<size_t>(part) * (2 * stride + 2 * wide + value_stride));
-    const Packed packed(p, groups, b, g, kv_head, memory, true);
-    float* k_sums = memory.take(static_cast<size_t>(wide) * stride);
-    float* v_sums = memory.take(static_cast<size_t>(wide) * value_stride);
-    std::fill_n(k_sums, static_cast<size_t>(wide) * stride, 0.f);
-    std::fill_n(v_sums, static_cast<size_t>(wide) * value_stride, 0.f);
-    float** k_to = memory.take_of<float*>(packed.blocks);
-    float** v_to = memory.take_of<float*>(packed.blocks);
-    for (int block = 0; block < packed.blocks; ++block) {
-      k_to[block] = k_sums + block * W * stride;
-      v_to[block] = v_sums + block * W * value_stride;
-    }
-    float* q = memory.take(part * stride);
-    float* q_out = memory.take(part * stride);
-    float* s = memory.take(static_cast<size_t>(part) * wide);
-    float* ds = memory.take(static_cast<size_t>(part) * wide);
-    float* go = memory.take(part * value_stride);
-    for (int64_t head = kv_head * repeat; head < (kv_head + 1) * repeat; ++head) {
-      const int64_t table = p.bias == nullptr ? 0
-                                              : (p.bias_heads > 1 ? head : 0) * tables.per_head +
-                                                    tables.start[groups.pattern[g]];
-      for (int start = 0; start < queries; start += part) {
-        const int here = std::min(part, queries - start);
-        const int64_t corner = table + static_cast<int64_t>(start) * wide;
-        if (packed.blocks) {
-          for (int i = 0; i < here; ++i) {
-            const int64_t row = q_rows[start + i];
-            read(p.q, p.q.at(b, row, head), p.width, q + i * stride, stride, p.scale);
-            read(out_gradient, out_gradient.at(b, row, head), p.value_width, go + i * value_stride, value_stride);
-          }
-          strip_logits(packed, q, here, p.width, p.bias ? &tables.values[corner] : nullptr, s);
-          scores(go, value_stride, here, packed.vt, packed.blocks, p.value_width, ds, wide);
-          for (int i = 0; i < here; ++i)
-            softmax_row_gradient(s + i * wide, ds + i * wide, packed.blocks,
-                                 lse[(b * rows + q_rows[start + i]) * p.heads + head], 0);
-          if (bias_gradient) {
-            float* to = &table_gradients[this_thread() * per_thread + corner];
-            for (int j = 0; j < here * wide; j += W) store(to + j, load(to + j) + load(ds + j));
-          }
-          mix(ds, wide, here, packed.of(packed.k), stride, stride, q_out, stride);
-          spread(s, wide, here, go, value_stride, v_to, packed.of(packed.v));
-          spread(ds, wide, here, q, stride, k_to, packed.of(packed.k));
-        } else {
-          std::fill_n(q_out, here * stride, 0.f);
-        }
-        for (int i = 0; i < here; ++i)
-          write(dq, dq.at(b, q_rows[start + i], head), p.width, q_out + i * stride, p.scale);
+    memory.reset(Stage::size(p, queries, keys, together) + Packed::size(p, keys, true) +
+                 static_cast<size_t>(wide) * (stride + value_stride) + 4 * (wide / W) + 64 +
+                 static_cast<size_t>(part) * (stride + 2 * wide));
+    const Stage stage(p, groups, b, g, first_head, together, &out_gradient, memory);
+    const auto mark = memory.mark();
+    for (int64_t kv_head = first_head; kv_head < first_head + together; ++kv_head) {
+      memory.back_to(mark);
+      const int64_t kv = kv_head - first_head;
+      const Packed packed(p, keys, stage.k + kv * wide * stride, stage.v + kv * wide * value_stride, memory, true);
+      float* k_sums = memory.take(static_cast<size_t>(wide) * stride);
+      float* v_sums = memory.take(static_cast<size_t>(wide) * value_stride);
+      std::fill_n(k_sums, static_cast<size_t>(wide) * stride, 0.f);
+      std::fill_n(v_sums, static_cast<size_t>(wide) * value_stride, 0.f);
+      float** k_to = memory.take_of<float*>(packed.blocks);
+      float** v_to = memory.take_of<float*>(packed.blocks);
+      for (int block = 0; block < packed.blocks; ++block) {
+        k_to[block] = k_sums + block * W * stride;
+        v_to[block] = v_sums + block * W * value_stride;
       }
-    }
-    for (int j = 0; j < keys; ++j) {
-      const int64_t row = groups.k_rows[groups.k_start[g] + j];
-      if (groups.disjoint) {
-        write(dk, dk.at(b, row, kv_head), p.width, k_sums + j * stride);
-        write(dv, dv.at(b, row, kv_head), p.value_width, v_sums + j * value_stride);
-      } else {
-        add(dk.at(b, row, kv_head), p.width, k_sums + j * stride);
-        add(dv.at(b, row, kv_head), p.value_width, v_sums + j * value_stride);
+      float* q_out = memory.take(part * stride);
+      float* s = memory.take(static_cast<size_t>(part) * wide);
+      float* ds = memory.take(static_cast<size_t>(part) * wide);
+      for (int64_t head = kv_head * repeat; head < (kv_head + 1) * repeat; ++head) {
+        const int64_t table = p.bias == nullptr ? 0
+                                                : (p.bias_heads > 1 ? head : 0) * tables.per_head +
+                                                      tables.start[groups.pattern[g]];
+        for (int start = 0; start < queries; start += part) {
+          const int here = std::min(part, queries - start);
+          const int64_t corner = table + static_cast<int64_t>(start) * wide;
+          const int64_t place = (head - first_head * repeat) * queries + start;
+          const float* q = stage.q + place * stride;
+          const float* go = stage.go + place * value_stride;
+          if (packed.blocks) {
+            strip_logits(packed, q, here, p.width, p.bias ? &tables.values[corner] : nullptr, s);
+            scores(go, value_stride, here, packed.vt, packed.blocks, p.value_width, ds, wide);
+            for (int i = 0; i < here; ++i)
+              softmax_row_gradient(s + i * wide, ds + i * wide, packed.blocks,
+                                   lse[(b * rows + q_rows[start + i]) * p.heads + head], 0);
+            if (bias_gradient) {
+              float* to = &table_gradients[this_thread() * per_thread + corner];
+              for (int j = 0; j < here * wide; j += W) store(to + j, load(to + j) + load(ds + j));
+            }
+            mix(ds, wide, here, packed.of(packed.k), stride, stride, q_out, stride);
+            spread(s, wide, here, go, value_stride, v_to, packed.of(packed.v));
+            spread(ds, wide, here, q, stride, k_to, packed.of(packed.k));
+          } else {
+            std::fill_n(q_out, here * stride, 0.f);
+          }
+          for (int i = 0; i < here; ++i)
+            write(dq, dq.at(b, q_rows[start + i], head), p.width, q_out + i * stride, p.scale);
+        }
+      }
+      for (int j = 0; j < keys; ++j) {
+        const int64_t row = groups.k_rows[groups.k_start[g] + j];
+        if (groups.disjoint) {
+          write(dk, dk.at(b, row, kv_head), p.width, k_sums + j * stride);
+          write(dv, dv.at(b, row, kv_head), p.value_width, v_sums + j * value_stride);
+        } else {
+          add(dk.at(b, row, kv_head), p.width, k_sums + j * stride);
+          add(dv.at(b, row, kv_head), p.value_width, v_sums + j * value_stride);
+        }
       }
     }
   };
 
   // Groups that share keys are taken one after the other, so that sums have one order and no thread waits for another.
+  const auto part_of_heads = [&](int64_t g) { return Stage::heads(p, groups.queries(g), groups.keys(g)); };
   if (groups.disjoint)
-    parallel(p.batch * groups.count(), [&](int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; ++item)
-        for (int64_t kv_head = 0; kv_head < p.kv_heads; ++kv_head)
-          one(item / groups.count(), item % groups.count(), kv_head);
+    parallel(p.batch * groups.count(), [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t b = item / groups.count(), g = item % groups.count(), most = part_of_heads(g);
+        for (int64_t head = 0; head < p.kv_heads; head += most) some(b, g, head, std::min(most, p.kv_heads - head));
+      }
     });
   else
-    parallel(p.batch * p.kv_heads, [&](int64_t first, int64_t last) {
-      for (int64_t item = first; item < last; ++item)
-        for (int64_t g = 0; g < groups.count(); ++g) one(item / p.kv_heads, g, item % p.kv_heads);
+    parallel(p.batch * p.kv_heads, [&](int64_t begin, int64_t end) {
+      for (int64_t item = begin; item < end; ++item)
+        for (int64_t g = 0; g < groups.count(); ++g) some(item / p.kv_heads, g, item % p.kv_heads, 1);
     });
 
   if (bias_gradient == nullptr) return;
