@@ -8,8 +8,10 @@ reason, so that a measurement never compares a path with itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from regard.checks import nearest
@@ -35,6 +37,8 @@ class OpPath:
 
 _PATHS: dict[str, list[OpPath]] = {}
 _MACS: dict[str, Callable[..., int]] = {}
+_auto = "auto"  # what "auto" means, see `using`
+_notes: dict[str, str] | None = None  # where choices are written down, see `taken`
 
 
 def register(op: str, path: OpPath, macs: Callable[..., int] | None = None) -> None:
@@ -50,10 +54,39 @@ def register(op: str, path: OpPath, macs: Callable[..., int] | None = None) -> N
 
 def backends(op: str) -> list[str]:
     """The registered backends of `op`, most preferred first."""
+    import_module("regard.ops")
     return [path.backend for path in _PATHS[op]]
 
 
+@contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Meanwhile every op that is called with `backend="auto"` takes this backend, or says why it cannot.
+
+    `with using("torch"): model(x)` runs a model without compiled kernels.
+    """
+    global _auto
+    before, _auto = _auto, backend
+    try:
+        yield
+    finally:
+        _auto = before
+
+
+@contextmanager
+def taken() -> Iterator[dict[str, str]]:
+    """A dictionary that fills with each op that is called meanwhile and what `explain` says of its last call."""
+    global _notes
+    before, _notes = _notes, {}
+    try:
+        yield _notes
+    finally:
+        _notes = before
+
+
 def _choose(op: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OpPath:
+    if _notes is not None:
+        _notes[op] = explain(op, *args, **kwargs)
+    backend = _auto if backend == "auto" else backend
     if backend == "auto":
         for path in _PATHS[op]:
             if path.refuses(*args, **kwargs) is None and path.declines(*args, **kwargs) is None:
@@ -76,6 +109,7 @@ def run(op: str, backend: str, *args: Any, **kwargs: Any) -> Any:
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Which path `backend="auto"` would take for these arguments, and why not those before it; one line a path."""
+    import_module("regard.ops")  # ops register their paths when they are imported
     if op not in _PATHS:
         raise ValueError(f"op={op!r} is not known.{nearest(op, _PATHS)}")
     lines, taken = [], False

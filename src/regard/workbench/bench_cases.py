@@ -7,8 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from importlib import import_module
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 
 from regard import checks, ops
 from regard.checkpoint import KeyMap, load_authors_weights
-from regard.kernels import backends, dispatch, explain
+from regard.kernels import backends, taken, using
 from regard.kernels.flex.neighborhoods import neighborhood_mask
 from regard.layouts import windows
 from regard.registry import create_model, find_variant, list_mixers, list_models
@@ -34,29 +33,14 @@ DENSE, LOOP = 4096, 16384
 """Most tokens for a peer that holds all pairs, most steps for a Python loop: beyond, nobody would take them."""
 
 
-@contextmanager
-def _choosing(change: Callable[..., Any]) -> Iterator[None]:
-    """The dispatcher's choice goes through `change(choose, op, backend, args, kwargs)` meanwhile."""
-    before = dispatch._choose
-    dispatch._choose = partial(change, before)
-    try:
-        yield
-    finally:
-        dispatch._choose = before
-
-
 def explained(run: Callable[[], Any]) -> dict[str, dict[str, str]]:
     """For each op that `run` calls, what `kernels.explain` says of each backend ("taken", "could", "cannot, ...")."""
-    seen: dict[str, dict[str, str]] = {}
-
-    def note(choose: Callable[..., Any], op: str, backend: str, args: Any, kwargs: Any) -> Any:
-        lines = explain(op, *args, **kwargs).splitlines()
-        seen[op] = {name: said for name, _, said in (line.partition(": ") for line in lines)}
-        return choose(op, backend, args, kwargs)
-
-    with _choosing(note):
+    with taken() as seen:
         run()
-    return seen
+    return {
+        op: {name: reason for name, _, reason in (line.partition(": ") for line in said.splitlines())}
+        for op, said in seen.items()
+    }
 
 
 class Plain(nn.Module):
@@ -68,7 +52,7 @@ class Plain(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """As the module's own."""
-        with _choosing(lambda choose, op, backend, *given: choose(op, {"auto": "torch"}.get(backend, backend), *given)):
+        with using("torch"):
             return self.module(*inputs)
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from regard import checks
 from regard.flops import count_macs, count_params
 from regard.measure import fit_growth, interleaved_seconds, peak_bytes, spread
-from regard.registry import mixer_class
+from regard.registry import list_mixers, mixer_class
 from regard.skeletons.host import MixerClass, MixerPyramid, MixerVideo, build_in_stack
 from regard.tasks import Task, create_task
 from regard.training import TrainConfig, seeded, train
@@ -94,10 +94,22 @@ class Settings:
 
 
 def default_settings(task: str = "scenes", mixers: Sequence[str] = (), **options: Any) -> Settings:
-    """Settings with the task's default mixers and shapes where none are given."""
+    """Settings with the task's default mixers and shapes where none are given; mixers ("all",) are all that fit the task."""
     axes = TASKS[checks.one_of("task", task, TASKS)]
     shapes = options.pop("shapes", ()) or DEFAULT_SHAPES[axes]
-    return Settings(mixers=tuple(mixers) or DEFAULT_MIXERS[axes], task=task, shapes=tuple(shapes), **options)
+    chosen = fitting_mixers(task) if tuple(mixers) == ("all",) else tuple(mixers) or DEFAULT_MIXERS[axes]
+    return Settings(mixers=chosen, task=task, shapes=tuple(shapes), **options)
+
+
+def fitting_mixers(task: str) -> tuple[str, ...]:
+    """Every registered mixer that takes grids with the task's number of axes; for text, those that can be causal."""
+    axes = TASKS[task]
+    classes = {name: mixer_class(name) for name in list_mixers()}
+    return tuple(
+        name
+        for name, kind in classes.items()
+        if axes in getattr(kind, "dims", ()) and (axes > 1 or getattr(kind, "can_causal", False))
+    )
 
 
 class Progress(Protocol):

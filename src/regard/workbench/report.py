@@ -10,6 +10,7 @@ from jinja2 import Environment, FileSystemLoader
 from rich.table import Table
 
 from regard.workbench import plots
+from regard.workbench.compare import fitting_mixers
 
 
 def _score(row: dict[str, Any]) -> str:
@@ -122,7 +123,8 @@ def _ranked(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_report(results: dict[str, Any], out: Path) -> Path:
-    """Write `out/report.html`: one file, no network, readable in light and dark."""
+    """Write `out/report.html`: one file, no network, readable in light and dark; and its words and table as `report.md`."""
+    (out / "report.md").write_text(_markdown(results), encoding="utf-8")
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     task = results["task"]
     rows = [row | {"mixer": label(row["mixer"])} for row in results["rows"]]
@@ -148,8 +150,24 @@ def write_report(results: dict[str, Any], out: Path) -> Path:
     return path
 
 
+def _markdown(results: dict[str, Any]) -> str:
+    task, facts = results["task"], results["machine"]
+    header, body = lines(results)
+    told = [
+        f"# {len(body)} mixers on {task['name']}",
+        f"{task['description']}. Trivial answer ({task['trivial_answer']}): {task['trivial']:.3g}. "
+        f"{results['settings']['budget']} steps each. {facts['processor']}, {facts['threads']} threads.",
+        f"`{_command(results['settings'])}`",
+        "\n".join(f"- {finding}" for finding in findings(results)),
+        "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] + ["---:"] * (len(header) - 1), *body]),
+    ]
+    return "\n\n".join(told) + "\n"
+
+
 def _command(settings: dict[str, Any]) -> str:
-    parts = ["regard compare", f"--mixers {','.join(settings['mixers'])}", f"--task {settings['task']}"]
+    chosen = settings["mixers"]
+    every = set(chosen) == set(fitting_mixers(settings["task"]))
+    parts = ["regard compare", f"--mixers {'all' if every else ','.join(chosen)}", f"--task {settings['task']}"]
     if settings["data"]:
         parts.append(f"--data {Path(settings['data']).name}")
     shapes = ",".join("x".join(map(str, shape)) for shape in settings["shapes"])

@@ -150,44 +150,60 @@ struct Blocks {
 };
 
 template <int M, int N>
-void scores_tile(const float* q, int ldq, const float* const* kt, int width, float* s, int lds) {
+void scores_tile(const float* q, int ldq, const float* const* kt, int width, const float* more, int ldm, float* s,
+                 int lds) {
   vec sums[M][N];
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int g = 0; g < N; ++g) sums[i][g] = vec{};
   for (int c = 0; c < width; ++c) {
     vec k[N];
+#pragma GCC unroll 4
     for (int g = 0; g < N; ++g) k[g] = load(kt[g] + c * W);
+#pragma GCC unroll 8
     for (int i = 0; i < M; ++i) {
       const vec x = splat(q[i * ldq + c]);
+#pragma GCC unroll 4
       for (int g = 0; g < N; ++g) sums[i][g] += x * k[g];
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
-    for (int g = 0; g < N; ++g) store(s + i * lds + g * W, sums[i][g]);
+#pragma GCC unroll 4
+    for (int g = 0; g < N; ++g)
+      store(s + i * lds + g * W, more ? sums[i][g] + load(more + i * ldm + g * W) : sums[i][g]);
 }
 
 template <int M, int N>
 void mix_tile(const float* p, int ldp, int step, const Blocks& v, int column, int stride, float* o, int ldo, bool keep) {
   vec sums[M][N];
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) sums[i][n] = keep ? load(o + i * ldo + n * W) : vec{};
   for (int g = 0; g < v.count; ++g) {
     const float* weights = p + g * W * step;
     const float* rows = v.at[g] + column;
     for (int e = v.lo[g]; e < v.hi[g]; ++e) {
       vec y[N];
+#pragma GCC unroll 4
       for (int n = 0; n < N; ++n) y[n] = load(rows + e * stride + n * W);
+#pragma GCC unroll 8
       for (int i = 0; i < M; ++i) {
         const vec x = splat(weights[i * ldp + e * step]);
+#pragma GCC unroll 4
         for (int n = 0; n < N; ++n) sums[i][n] += x * y[n];
       }
     }
   }
+#pragma GCC unroll 8
   for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
     for (int n = 0; n < N; ++n) store(o + i * ldo + n * W, sums[i][n]);
 }
 
-using ScoresTile = void (*)(const float*, int, const float* const*, int, float*, int);
+using ScoresTile = void (*)(const float*, int, const float* const*, int, const float*, int, float*, int);
 using MixTile = void (*)(const float*, int, int, const Blocks&, int, int, float*, int, bool);
 
 template <int... I>
@@ -215,14 +231,15 @@ struct Parts {
 
 inline int rows_beside(int columns) { return std::min(kRows, kSums / columns); }
 
-// s[i][g][lane] = q_i . k of every lane of every block.
-inline void scores(const float* q, int ldq, int rows, const float* const* kt, int blocks, int width, float* s, int lds) {
+// s[i][g][lane] = q_i . k of every lane of every block, plus more[i][g][lane] where there is more.
+inline void scores(const float* q, int ldq, int rows, const float* const* kt, int blocks, int width, float* s, int lds,
+                   const float* more = nullptr, int ldm = 0) {
   const Parts across(blocks, kBlocks);
   for (int a = 0, g = 0; a < across.count; g += across.of(a++)) {
     const Parts down(rows, rows_beside(across.of(a)));
     for (int d = 0, i = 0; d < down.count; i += down.of(d++))
       scores_of(down.of(d), across.of(a), std::make_integer_sequence<int, kRows * kBlocks>{})(
-          q + i * ldq, ldq, kt + g, width, s + i * lds + g * W, lds);
+          q + i * ldq, ldq, kt + g, width, more ? more + i * ldm + g * W : nullptr, ldm, s + i * lds + g * W, lds);
   }
 }
 
@@ -256,30 +273,35 @@ inline void spread(const float* p, int lds, int rows, const float* x, int stride
 
 // In place: s -> exp(s - max) for each row; also each row's sum and log-sum-exp.
 inline void softmax_rows(float* s, int lds, int rows, int blocks, float* totals, float* lse) {
-  float base[W], total[W];
   for (int first = 0; first < rows; first += W) {
     const int here = std::min(W, rows - first);
+    float* part = s + first * lds;
+    vec each[W];
     for (int i = 0; i < here; ++i) {
-      float* row = s + (first + i) * lds;
-      vec most = load(row);
-      for (int g = 1; g < blocks; ++g) most = larger(load(row + g * W), most);
-      const float top = largest(most);
-      base[i] = top == -kInf ? 0 : top;
-      const vec shift = splat(base[i]);
+      each[i] = load(part + i * lds);
+      for (int g = 1; g < blocks; ++g) each[i] = larger(load(part + i * lds + g * W), each[i]);
+    }
+    for (int i = here; i < W; ++i) each[i] = vec{};
+    const vec most = across(each, larger);
+    const vec base = most == splat(-kInf) ? vec{} : most;
+    float shift[W], total[W], logs[W];
+    store(shift, base);
+    for (int i = 0; i < here; ++i) {
+      float* row = part + i * lds;
       vec sums{};
       for (int g = 0; g < blocks; ++g) {
-        const vec x = exp(load(row + g * W) - shift);
+        const vec x = exp(load(row + g * W) - splat(shift[i]));
         store(row + g * W, x);
         sums += x;
       }
-      total[i] = sum(sums);
+      each[i] = sums;
     }
-    for (int i = here; i < W; ++i) base[i] = total[i] = 1;
-    vec logs = load(base) + log(load(total));
-    for (int i = 0; i < here; ++i) {
-      totals[first + i] = total[i];
-      lse[first + i] = logs[i];
-    }
+    for (int i = here; i < W; ++i) each[i] = splat(1);
+    const vec sums = across(each, [](vec a, vec b) { return a + b; });
+    store(total, sums);
+    store(logs, base + log(sums));
+    std::copy_n(total, here, totals + first);
+    std::copy_n(logs, here, lse + first);
   }
 }
 

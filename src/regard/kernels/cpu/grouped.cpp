@@ -107,9 +107,21 @@ struct Stage {
  private:
   static void copy(const Rows& from, int64_t b, const int32_t* rows, int64_t count, int64_t first, int64_t heads, int width,
                    float* to, int64_t slots, int stride, float scale) {
-    for (int64_t j = 0; j < count; ++j) {
-      const char* row = from.at(b, rows[j], first);
-      for (int64_t h = 0; h < heads; ++h) read(from, row + h * from.head, width, to + (h * slots + j) * stride, stride, scale);
+    if (!from.half && width == stride) {  // nothing to widen, nothing to fill up: this is most of what is read
+      const vec factor = splat(scale);
+      for (int64_t j = 0; j < count; ++j) {
+        const char* row = from.at(b, rows[j], first);
+        float* there = to + j * stride;
+        for (int64_t h = 0; h < heads; ++h, row += from.head, there += slots * stride) {
+          const auto* x = reinterpret_cast<const float*>(row);
+          for (int c = 0; c < stride; c += W) store(there + c, load(x + c) * factor);
+        }
+      }
+    } else {
+      for (int64_t j = 0; j < count; ++j) {
+        const char* row = from.at(b, rows[j], first);
+        for (int64_t h = 0; h < heads; ++h) read(from, row + h * from.head, width, to + (h * slots + j) * stride, stride, scale);
+      }
     }
     for (int64_t h = 0; h < heads; ++h) std::fill_n(to + (h * slots + count) * stride, (slots - count) * stride, 0.f);
   }
@@ -120,10 +132,11 @@ struct Packed {
   int count, blocks, stride, value_stride;
   const float **kt, **v, **k, **vt;  // of each block; vt for gradients only
   int *lo, *hi;
+  float* mask;  // zeros, -inf behind the last key
 
   static size_t size(const GroupedProblem& p, int keys, bool gradients) {
     const size_t slots = padded(keys), width = padded(p.width), value = padded(p.value_width);
-    return slots * (width + (gradients ? value : 0)) + 12 * (slots / W) + 96 + 16 * 2 * (slots / W);
+    return slots * (width + (gradients ? value : 0)) + slots + 12 * (slots / W) + 96 + 16 * 2 * (slots / W);
   }
 
   Packed(const GroupedProblem& p, int keys, const float* k_rows, const float* v_rows, Scratch& memory, bool gradients) {
@@ -137,6 +150,9 @@ struct Packed {
     vt = memory.take_of<const float*>(blocks);
     lo = memory.take_of<int>(blocks);
     hi = memory.take_of<int>(blocks);
+    mask = memory.take(blocks * W);
+    std::fill_n(mask, count, 0.f);
+    std::fill_n(mask + count, blocks * W - count, -kInf);
     for (int block = 0; block < blocks; ++block) {
       k[block] = k_rows + block * W * stride;
       v[block] = v_rows + block * W * value_stride;
@@ -159,19 +175,22 @@ struct Packed {
   }
 };
 
-// Logits of a strip: products, then the bias or the mask of the lanes behind the last key.
+// Logits of a strip: products, and the bias or the mask of the lanes behind the last key.
 void strip_logits(const Packed& packed, const float* q, int rows, int width, const float* bias, float* s) {
   const int lds = packed.blocks * W;
-  scores(q, packed.stride, rows, packed.kt, packed.blocks, width, s, lds);
-  if (bias != nullptr) {
-    for (int j = 0; j < rows * lds; j += W) store(s + j, load(s + j) + load(bias + j));
-  } else if (packed.count % W) {
-    const vec mask = lane_mask(0, packed.count % W);
-    for (int i = 0; i < rows; ++i) {
-      float* last = s + i * lds + lds - W;
-      store(last, load(last) + mask);
-    }
-  }
+  scores(q, packed.stride, rows, packed.kt, packed.blocks, width, s, lds, bias ? bias : packed.mask, bias ? lds : 0);
+}
+
+// Asks for a part of a group's rows before its turn comes; all at once they would hold up the group at work.
+void foresee_group(const GroupedProblem& p, const Groups& groups, int64_t item, int64_t part, int64_t parts) {
+  const int64_t b = item / groups.count(), g = item % groups.count();
+  const auto ask = [&](const Rows& from, const int32_t* rows, int64_t count, int64_t width) {
+    for (int64_t j = count * part / parts; j < count * (part + 1) / parts; ++j)
+      foresee(from, from.at(b, rows[j], 0), static_cast<int>(width));
+  };
+  ask(p.q, groups.q_rows.data() + groups.q_start[g], groups.queries(g), p.heads * p.width);
+  ask(p.k, groups.k_rows.data() + groups.k_start[g], groups.keys(g), p.kv_heads * p.width);
+  ask(p.v, groups.k_rows.data() + groups.k_start[g], groups.keys(g), p.kv_heads * p.value_width);
 }
 
 int strip_rows(int queries, int blocks) {
@@ -242,6 +261,7 @@ void grouped_forward(const GroupedProblem& p, const Groups& groups, Rows out, fl
         const auto mark = memory.mark();
         for (int64_t head = first * repeat; head < (first + together) * repeat; ++head) {
           memory.back_to(mark);
+          if (together == p.kv_heads && item + 1 < end) foresee_group(p, groups, item + 1, head, p.heads);
           const int64_t kv = head / repeat - first;
           const Packed packed(p, keys, stage.k + kv * wide * stride, stage.v + kv * wide * value_stride, memory, false);
           float* s = memory.take(static_cast<size_t>(part) * wide);

@@ -23,13 +23,15 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 
 // Lane numbers as constants in memory: put together at run time they would cost more than what uses them.
 struct LaneNumbers {
-  int32_t self[W]{}, low[W]{}, high[W]{}, exchanged[W][W]{};
+  int32_t self[W]{}, low[W]{}, high[W]{}, even[W]{}, odd[W]{}, exchanged[W][W]{};
 
   constexpr LaneNumbers() {
     for (int i = 0; i < W; ++i) {
       self[i] = i;
       low[i] = i / 2 + (i % 2) * W;
       high[i] = low[i] + W / 2;
+      even[i] = 2 * i;
+      odd[i] = 2 * i + 1;
       for (int distance = 0; distance < W; ++distance) exchanged[distance][i] = i ^ distance;
     }
   }
@@ -67,6 +69,28 @@ inline float largest(vec x) {
 #pragma GCC unroll 8
   for (int distance = W / 2; distance; distance /= 2) x = larger(x, exchanged(x, distance));
   return x[0];
+}
+
+// Lane i of the result puts all lanes of rows[i] together: W reductions in 2 (W - 1) shuffles, none waiting for another.
+template <typename Op>
+vec across(vec (&rows)[W], const Op& op) {
+#if defined(__clang__)
+  vec out;
+  for (int i = 0; i < W; ++i) {
+    for (int distance = W / 2; distance; distance /= 2) rows[i] = op(rows[i], exchanged(rows[i], distance));
+    out[i] = rows[i][0];
+  }
+  return out;
+#else
+  const ivec even = lane_numbers(kLanes.even), odd = lane_numbers(kLanes.odd);
+#pragma GCC unroll 8
+  for (int n = W; n > 1; n /= 2)
+#pragma GCC unroll 16
+    for (int i = 0; i < n / 2; ++i)
+      rows[i] = op(__builtin_shuffle(rows[2 * i], rows[2 * i + 1], even),
+                   __builtin_shuffle(rows[2 * i], rows[2 * i + 1], odd));
+  return rows[0];
+#endif
 }
 
 // Lanes [lo, hi) pass (0), the others are masked (-inf): to be added to logits.
