@@ -208,6 +208,17 @@ def test_repeats_are_equal_to_the_bit_and_fresh_memory_does_not_show(name):
     assert all(torch.equal(a, b) for a, b in zip(first, poisoned, strict=True))
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="built without OpenMP there")
+def test_kernels_run_in_as_many_threads_as_pytorch():
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.ops.regard.threads_in_use() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_threads_do_not_matter(name):
     inputs = qkv(2, (7, 8), 2, 7)

@@ -19,6 +19,8 @@ import torch
 
 _HERE = Path(__file__).parent
 _FLAGS = ["-O3", "-march=native", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"]
+# Without it at::parallel_for, a template, compiles to a plain loop. Apple's compiler comes without OpenMP: one thread there.
+_OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 
 
 def _name() -> str:
@@ -30,7 +32,7 @@ def _name() -> str:
 
 def _flags() -> list[str]:
     extra = os.environ.get("REGARD_KERNEL_FLAGS", "").split()  # -fsanitize=address, say
-    return [*_FLAGS, *extra]
+    return [*_FLAGS, *_OPENMP, *extra]
 
 
 def _library() -> Path:
@@ -70,7 +72,7 @@ def _compile(library: Path) -> None:
                 library.stem,
                 sorted(str(source) for source in _HERE.glob("*.cpp")),
                 extra_cflags=_flags(),
-                extra_ldflags=[flag for flag in _flags() if flag.startswith("-fsanitize")],
+                extra_ldflags=[flag for flag in _flags() if flag.startswith(("-fsanitize", "-fopenmp"))],
                 build_directory=folder,
                 is_python_module=False,
             )

@@ -342,10 +342,18 @@ std::vector<Tensor> selective_scan_backward(const Tensor& gradient, const std::o
           before};
 }
 
+// How many threads a loop of 64 rounds is really given: PyTorch's number, if the library was built to use them.
+int64_t threads_in_use() {
+  std::vector<char> seen(threads(), 0);
+  parallel(64, [&](int64_t, int64_t) { seen[this_thread()] = 1; });
+  return std::count(seen.begin(), seen.end(), 1);
+}
+
 }  // namespace
 }  // namespace regard
 
 TORCH_LIBRARY(regard, m) {
+  m.def("threads_in_use() -> int", regard::threads_in_use);
   m.def(
       "window_attention(Tensor q, Tensor k, Tensor v, Tensor? bias, int[] size, int[] shift, bool grid, float scale) "
       "-> (Tensor, Tensor)");
