@@ -12,11 +12,13 @@ import numpy as np
 
 matplotlib.use("svg")
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 INK = "#7c8794"
 """Axes and text: has enough contrast on white and on near-black."""
+_READS_ACROSS = 9
 COLOURS = ("#3f7fd9", "#e0702d", "#2fa36b", "#c34a8e", "#8a66d6", "#b8901f", "#3aa6b9", "#d0504f", "#6f8f2f", "#8d6e63")
 MARKERS = "osD^vPX*hd"
 
@@ -42,7 +44,14 @@ _STYLE: Any = {
 
 def style_of(index: int) -> dict[str, Any]:
     """Colour and marker of row `index`: the same in every plot, told apart without colour too."""
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    turn, place = divmod(index, len(COLOURS))
+    return {"color": COLOURS[place], "marker": MARKERS[(place + turn) % len(MARKERS)]}
+
+
+def _canvas(rows: Sequence[Any], height: float) -> tuple[Figure, Axes]:
+    """A figure whose texts stay apart: of twice the size beyond a dozen rows."""
+    scale = 1.0 if len(rows) <= 12 else 2.0
+    return plt.subplots(figsize=(6.4 * scale, height * scale))
 
 
 def _svg(figure: Figure, label: str) -> str:
@@ -63,7 +72,7 @@ def _svg(figure: Figure, label: str) -> str:
 def score_against_latency(rows: Sequence[dict[str, Any]], metric: str, trivial: float) -> str:
     """One point a mixer: milliseconds of the whole model on one sample, and the score of every seed."""
     with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(6.4, 4.0))
+        figure, axis = _canvas(rows, 4.0)
         for index, row in enumerate(rows):
             timed = row["model"].get("seconds")
             if not timed or not row["scores"]:
@@ -89,7 +98,7 @@ def score_against_latency(rows: Sequence[dict[str, Any]], metric: str, trivial: 
 def growth(rows: Sequence[dict[str, Any]], value: str, label: str, unit: float) -> str:
     """Latency or memory of each mixer alone over tokens, on log axes, with the fitted line."""
     with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(6.4, 4.0))
+        figure, axis = _canvas(rows, 4.0)
         fit_name = "time_growth" if value == "seconds" else "memory_growth"
         ticks: set[int] = set()
         for index, row in enumerate(rows):
@@ -112,7 +121,7 @@ def growth(rows: Sequence[dict[str, Any]], value: str, label: str, unit: float) 
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
         axis.grid(True)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2 if len(rows) <= 12 else 5)
         return _svg(figure, label)
 
 
@@ -123,7 +132,7 @@ def _middle(value: Any) -> float:
 def losses(rows: Sequence[dict[str, Any]]) -> str:
     """Training loss of every run, smoothed over a twentieth of the run."""
     with plt.rc_context(_STYLE):
-        figure, axis = plt.subplots(figsize=(6.4, 3.6))
+        figure, axis = _canvas(rows, 3.6)
         for index, row in enumerate(rows):
             for number, run in enumerate(run for run in row["runs"] if "losses" in run):
                 values = np.array(run["losses"])
@@ -141,7 +150,7 @@ def losses(rows: Sequence[dict[str, Any]]) -> str:
                 )
         axis.set(xlabel="step", ylabel="training loss")
         axis.grid(True)
-        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axis.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), ncol=1 if len(rows) <= 12 else 2)
         return _svg(figure, "training loss")
 
 
@@ -150,24 +159,31 @@ def reads(rows: Sequence[dict[str, Any]]) -> str:
     shown = [(row["mixer"], run["reads"]) for row in rows for run in row["runs"][:1] if run.get("reads")]
     if not shown:
         return ""
+    across = min(len(shown), _READS_ACROSS)
     with plt.rc_context(_STYLE):
-        columns = len(shown) + 1
-        figure, axes = plt.subplots(2, columns, figsize=(1.5 * columns, 3.5))
+        bands = -(-len(shown) // across)
+        figure, axes = plt.subplots(
+            2 * bands, across + 1, figsize=(1.5 * (across + 1), 3.5 * bands), squeeze=False, layout="tight"
+        )
+        for axis in axes.flat:
+            axis.set(xticks=[], yticks=[])
+        for spare in (*axes[1:, 0], *axes[-2:, 1 + (len(shown) - 1) % across + 1 :].flat):
+            spare.set_visible(False)
         image = np.moveaxis(np.array(shown[0][1]["image"]), 0, -1)
         low, high = image.min(), image.max()
         axes[0, 0].imshow(((image - low) / (high - low + 1e-9)).squeeze(), cmap="gray", interpolation="nearest")
         axes[0, 0].set_title(f"sample, label {shown[0][1]['label']}", fontsize=9)
-        axes[1, 0].set_visible(False)
-        for column, (name, look) in enumerate(shown, 1):
-            axes[0, column].imshow(np.array(look["pixels"]) ** 0.5, cmap="magma", interpolation="nearest")
-            axes[0, column].set_title(f"{name}: {look['answer']}", fontsize=9)
+        for index, (name, look) in enumerate(shown):
+            band, column = divmod(index, across)
+            above, below = axes[2 * band : 2 * band + 2, column + 1]
+            above.imshow(np.array(look["pixels"]) ** 0.5, cmap="magma", interpolation="nearest")
+            above.set_title(f"{name}: {look['answer']}", fontsize=9)
             tokens = np.array(look["tokens"])
             middle = (tokens.shape[0] // 2, tokens.shape[1] // 2)
             tokens[middle] = 0  # the residual path: brighter than everything that the mixer brings
-            axes[1, column].imshow(tokens**0.5, cmap="magma", interpolation="nearest")
-            axes[1, column].plot(middle[1], middle[0], "x", color="#8fd3ff", ms=5)
-        axes[0, 1].set_ylabel("answer", fontsize=9)
-        axes[1, 1].set_ylabel("middle token", fontsize=9)
-        for axis in axes.flat:
-            axis.set(xticks=[], yticks=[])
+            below.imshow(tokens**0.5, cmap="magma", interpolation="nearest")
+            below.plot(middle[1], middle[0], "x", color="#8fd3ff", ms=5)
+            if column == 0:
+                above.set_ylabel("answer", fontsize=9)
+                below.set_ylabel("middle token", fontsize=9)
         return _svg(figure, "what each mixer reads")
