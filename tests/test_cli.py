@@ -50,6 +50,8 @@ def test_compare_to_report(tmp_path):
         (["verify", "swin", "--proof", "exakt"], "Did you mean 'exact'"),
         (["train", "swin", "--preset", "huge"], "not known"),
         (["models", "*swim*"], "no model matches"),
+        (["simulate", "flux_4"], "Did you mean 'flux_4k'"),
+        (["simulate", "64x64", "--kernel-size", "65"], "must fit into input_size"),
     ],
 )
 def test_mistakes_are_one_line_and_teach(tmp_path, arguments, message):
@@ -93,6 +95,20 @@ def test_train_goes_on(tmp_path):
     second = regard("train", "swin", "--preset", "smoke", "--steps", 5, "--out", tmp_path / "run")
     assert second.returncode == 2
     assert "another recipe" in " ".join(second.stderr.split())
+
+
+def test_simulate_finds_the_published_stride():
+    done = regard(
+        "simulate", "30x48x80", "--kernel-size", "18x24x24", "--q-tile", "2x8x8", "--kv-tile", "2x8x8", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    sliding, strided = json.loads(done.stdout)
+    assert (sliding["stride"], strided["stride"]) == ([1, 1, 1], [2, 8, 8])
+    assert sliding["bound"] < strided["bound"] == pytest.approx(strided["flop_bound"])
+    assert strided["block_sparse"]
+    table = regard("simulate", "sequence_32k", "--stride", "192,256", NO_COLOR="1").stdout
+    assert "16.00x" in table
+    assert "13.84x" in table
 
 
 def test_models_lists_counts():

@@ -7,9 +7,9 @@ import torch
 from jaxtyping import Float
 
 import regard
+from image_models import smallest_image_models
 from regard.flops import count_params
-from regard.registry import find_variant, list_mixers, list_models, mixer_class
-from regard.skeletons import ImageModel
+from regard.registry import list_mixers, mixer_class
 from regard.skeletons.host import build_in_stack
 
 GRIDS = {1: (12,), 2: (8, 10), 3: (4, 6, 5)}
@@ -126,19 +126,6 @@ def test_mixer_in_bfloat16(name):
     out = mixer(torch.randn(2, *GRIDS[axes], DIM).bfloat16())
     assert out.dtype == torch.bfloat16
     assert torch.isfinite(out).all()
-
-
-def smallest_image_models():
-    """One model a system and class: the one with the fewest parameters."""
-    chosen = {}
-    for name in list_models():
-        system, variant = find_variant(name)
-        takes_an_image = len(variant.inputs) == 1 and len(variant.inputs[0]) == 4
-        key = (system.slug, getattr(variant.build, "func", variant.build))
-        if takes_an_image and (variant.params or 1e12) < chosen.get(key, (1e12, ""))[0]:
-            chosen[key] = (variant.params, name)
-    with torch.device("meta"):  # of those that take an image, some restore it or find things in it
-        return sorted(name for _, name in chosen.values() if isinstance(regard.create_model(name), ImageModel))
 
 
 @pytest.mark.parametrize("name", smallest_image_models())

@@ -209,6 +209,47 @@ def test_grouped_equals_reference(groups, cross):
     assert_exact(run("torch"), run("reference"), inputs)
 
 
+@st.composite
+def convolutions(draw):
+    axes = draw(st.integers(1, 3))
+    spatial = [draw(st.integers(1, {1: 20, 2: 6, 3: 3}[axes])) for _ in range(axes)]
+    causal = [draw(st.booleans()) for _ in range(axes)]
+    wide = [draw(st.integers(1, length + 2)) for length in spatial]
+    return spatial, causal, [k if past else 2 * k - 1 for k, past in zip(wide, causal, strict=True)]
+
+
+@given(convolutions(), st.sampled_from([1, 3]), st.booleans())
+def test_fft_conv_equals_reference(shape, channels, with_skip):
+    spatial, causal, taps = shape
+    inputs = [drawn(2, *spatial, channels, seed=1), drawn(*taps, channels, seed=2)]
+    if with_skip:
+        inputs.append(drawn(channels, seed=3))
+
+    def run(backend):
+        return lambda x, kernel, skip=None: ops.fft_conv(x, kernel, causal=causal, skip=skip, backend=backend)
+
+    assert_exact(run("torch"), run("reference"), inputs)
+
+
+def test_fft_conv_special_cases():
+    x, kernel = drawn(2, 7, 5, 3), drawn(3, 5, 3, seed=1)
+    turned = kernel.flip(0, 1).movedim(-1, 0)[:, None]
+    plain = torch.nn.functional.conv2d(x.movedim(-1, 1), turned, padding=(1, 2), groups=3).movedim(1, -1)
+    torch.testing.assert_close(ops.fft_conv(x, kernel), plain)
+    assert ops.fft_conv(x[:0], kernel).shape == (0, 7, 5, 3)
+    assert ops.fft_conv(x.bfloat16(), kernel).dtype == torch.bfloat16
+    torch.autograd.gradcheck(ops.fft_conv, [t.double().requires_grad_() for t in (x[:1, :3, :3], kernel)])
+    for message, bad in (
+        (r"\(\*taps, channels\)", kernel[0]),
+        ("must be odd", kernel[:2]),
+        ("3 channels", kernel[..., :2]),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ops.fft_conv(x, bad)
+    with pytest.raises(ValueError, match="skip"):
+        ops.fft_conv(x, kernel, skip=kernel[0])
+
+
 @given(st.integers(1, 4), st.integers(1, 9), st.floats(0, 60))
 def test_merge_equals_reference_and_dense(parts, keys, height):
     q = drawn(2, 5, 2, 4, seed=1)

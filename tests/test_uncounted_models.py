@@ -8,7 +8,17 @@ import torch
 import regard
 
 
-@pytest.mark.parametrize("name", ["tic_reconstructed", "ulsam_mobilenet_v1", "ulsam_mobilenet_v2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hyena_deit_tiny",  # of its class the contract takes the smallest, which is the baseline with attention
+        "maformer_reconstructed",
+        "s2aformer_mini_reconstructed",
+        "tic_reconstructed",
+        "ulsam_mobilenet_v1",
+        "ulsam_mobilenet_v2",
+    ],
+)
 def test_model_keeps_the_interface(name):
     model = regard.create_model(name, num_classes=7).eval()
     with torch.no_grad():

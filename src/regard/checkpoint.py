@@ -122,6 +122,21 @@ def load_authors_weights(model: nn.Module, weights: Mapping[str, Tensor] | str |
     load_exactly(model, ours)
 
 
+def drop_tied_head(
+    state: dict[str, Tensor], head: str = "head.weight", embed: str = "embed.weight"
+) -> dict[str, Tensor]:
+    """The weights of a model whose head is its embedding, from a checkpoint that holds the matrix under either name or both.
+
+    Raises:
+        ValueError: if the two differ.
+    """
+    ours = dict(state)
+    matrix = ours.pop(head, None)
+    if matrix is not None and not torch.equal(matrix, ours.setdefault(embed, matrix)):
+        raise ValueError("the checkpoint's head is not its embedding: build the model with tied=False.")
+    return ours
+
+
 def load_exactly(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """`load_state_dict` that explains itself: every key must be there, none left over, every shape equal.
 

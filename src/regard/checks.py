@@ -47,14 +47,14 @@ def odd(argument: str, *values: int) -> None:
         raise ValueError(f"{argument} must be odd, so that it has a middle, got {', '.join(map(str, values))}.")
 
 
-def tuple_of(argument: str, value: int | Sequence[int], length: int, minimum: int = 1) -> tuple[int, ...]:
-    """One integer for all axes, or one per axis, as a tuple of `length` integers of at least `minimum`."""
+def tuple_of(
+    argument: str, value: int | Sequence[int], length: int, minimum: int = 1, *, each: str = "spatial axis"
+) -> tuple[int, ...]:
+    """One integer for all axes (or whatever `each` names), or one for each, as `length` integers of at least `minimum`."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = (value,) * length
     elif not isinstance(value, Sequence) or isinstance(value, str) or len(value) != length:
-        raise ValueError(
-            f"{argument} must be one integer or {length} integers (one for each spatial axis), got {value!r}."
-        )
+        raise ValueError(f"{argument} must be one integer or {length} integers (one for each {each}), got {value!r}.")
     if any(isinstance(item, bool) or not isinstance(item, int) or item < minimum for item in value):
         raise ValueError(f"{argument} must hold integers of at least {minimum}, got {tuple(value)!r}.")
     return tuple(value)

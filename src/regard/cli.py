@@ -1,4 +1,4 @@
-"""The command line: compare, bench, verify, train, systems, mixers, models."""
+"""The command line: compare, bench, simulate, verify, train, systems, mixers, models."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class _Bar:
 def compare(
     mixers: Annotated[
         str | None,
-        typer.Option(help="Names separated by commas; your own as module:Class or file.py:Class."),
+        typer.Option(help="Names separated by commas, or all; your own as module:Class or file.py:Class."),
     ] = None,
     task: Annotated[str, typer.Option(help="scenes, digits, imagefolder, text or moving_digits.")] = "scenes",
     data: Annotated[str | None, typer.Option(help="Your own folder of images, text file or folder of videos.")] = None,
@@ -221,6 +221,79 @@ def _sizes(option: str, text: str) -> int | tuple[int, ...]:
     """`7` or `3x7x7`."""
     (sizes,) = _shapes(text.replace(",", "x"), option)
     return sizes[0] if len(sizes) == 1 else sizes
+
+
+@app.command()
+def simulate(
+    input_size: Annotated[
+        str, typer.Argument(help="Tokens along each axis, as 30x48x80; or a published pattern, as hunyuan_video.")
+    ],
+    kernel_size: Annotated[str | None, typer.Option(help="Window, as 8 or 18x24x24.")] = None,
+    stride: Annotated[
+        str | None,
+        typer.Option(help="As 8 or 16x8x8; several with commas. By default 1 and the smallest that is block-sparse."),
+    ] = None,
+    dilation: Annotated[str | None, typer.Option(help="As 4 or 1x2x2.")] = None,
+    causal: Annotated[str | None, typer.Option(help="Axes that see the past only: all, or numbers, as 0,1.")] = None,
+    q_tile: Annotated[
+        str | None, typer.Option(help="Queries in a tile, as 4x8x8; by default the best of FNA's.")
+    ] = None,
+    kv_tile: Annotated[str | None, typer.Option(help="Keys in a tile, as 2x8x8.")] = None,
+    layout: Annotated[
+        str, typer.Option(help="tiled: tiles are boxes. flat: runs of the row-major sequence.")
+    ] = "tiled",
+    walk: Annotated[
+        str, typer.Option(help="static: key tiles lie fixed. dynamic: from the first key needed.")
+    ] = "static",
+    as_json: JsonFlag = False,
+) -> None:
+    """How much faster than dense attention can neighborhood attention be? Counts the key tiles that a kernel visits."""
+    from regard.checks import one_of
+    from regard.systems.hardware.gna import PATTERNS, smallest_block_sparse_stride
+    from regard.systems.hardware.gna import simulate as run
+
+    texts = {"kernel_size": kernel_size, "dilation": dilation, "q_tile": q_tile, "kv_tile": kv_tile}
+    options: dict[str, Any] = {}
+    if not input_size[:1].isdigit():
+        options = dict(PATTERNS[one_of("pattern", input_size, PATTERNS)])
+    else:
+        options["input_size"] = _sizes("INPUT_SIZE", input_size)
+    options |= {name: _sizes("--" + name.replace("_", "-"), text) for name, text in texts.items() if text}
+    if "kernel_size" not in options:
+        raise ValueError("give the window with --kernel-size, as 8 or 18x24x24.")
+    if layout == "flat":  # a published pattern's tiles are boxes
+        options |= {name: texts[name] and options[name] for name in ("q_tile", "kv_tile")}
+    if causal is not None:
+        axes = len(options["input_size"]) if isinstance(options["input_size"], tuple) else 1
+        named = [str(axis) for axis in range(axes)] if causal == "all" else list(_names(causal))
+        for name in named:
+            one_of("axis in --causal", name, ["all", *map(str, range(axes))])
+        options["causal"] = [str(axis) in named for axis in range(axes)]
+    options |= {"layout": layout, "walk": walk}
+    if stride is not None:
+        rows = [run(**{**options, "stride": _sizes("--stride", text)}) for text in stride.split(",")]
+    else:
+        rows = [run(**{**options, "stride": step}) for step in dict.fromkeys((1, options.get("stride", 1)))]
+        if layout == "tiled" and (best := smallest_block_sparse_stride(rows[0])) is not None:
+            rows.append(run(**{**options, "stride": best}))
+    results = list({tuple(row["stride"]): row for row in (row.summary() for row in rows)}.values())
+    if as_json:
+        _print_json(results)
+        return
+    first = results[0]
+    size, window, gaps, queries, keys = (
+        "x".join(map(str, first[name])) for name in ("input_size", "kernel_size", "dilation", "q_tile", "kv_tile")
+    )
+    title = f"window {window} on {size}, dilation {gaps}; {first['q_tiles']:,} tiles of {queries} queries, "
+    title += f"{first['kv_tiles']:,} of {keys} keys, {layout}, {walk}"
+    table = Table(title=title, title_justify="left")
+    for column in ("stride", "tiles visited", "masked", "useful", "bound by FLOPs", "bound", "block-sparse"):
+        table.add_column(column, justify="left" if column in ("stride", "block-sparse") else "right")
+    for row in results:
+        counts = (f"{row['visits']:,}", f"{row['masked_visits']:,}", f"{row['useful']:.1%}")
+        bounds = (f"{row['flop_bound']:.2f}x", f"{row['bound']:.2f}x")
+        table.add_row("x".join(map(str, row["stride"])), *counts, *bounds, _cell(row["block_sparse"]))
+    console.print(table)
 
 
 @app.command()

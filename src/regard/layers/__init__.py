@@ -16,6 +16,7 @@ from regard.layers.patch import ConvEmbed, ConvStem, PatchEmbed, PatchMerging
 from regard.layers.position import (
     DistanceBias,
     DynamicPositionBias,
+    OffsetTable,
     PositionTable,
     RelativePositionBias,
     alibi_slopes,
@@ -28,6 +29,7 @@ from regard.layers.position import (
 )
 from regard.layers.projected import ProjectedCore
 from regard.layers.reduction import SpatialReductionAttention
+from regard.layers.resnet import ResNet
 from regard.layers.spectral import GlobalFilter
 
 __all__ = [
@@ -57,6 +59,7 @@ __all__ = [
     "MBConv",
     "Mixer",
     "Mlp",
+    "OffsetTable",
     "PatchEmbed",
     "PatchMerging",
     "PixelShuffle",
@@ -65,6 +68,7 @@ __all__ = [
     "ProjectedCore",
     "RelativePositionBias",
     "RepConv",
+    "ResNet",
     "Residual",
     "SimpleRMSNorm",
     "SoftmaxAttention",

@@ -51,7 +51,7 @@ class SoftmaxAttention(Mixer):
         q = self.q(x).unflatten(-1, (self.num_heads, self.head_dim))
         source = x if context is None else context
         k, v = self.kv(source).unflatten(-1, (2, self.kv_heads, self.head_dim)).unbind(-3)
-        return self.proj(ops.attention(q, k, v, causal=self.causal).flatten(-2))  # type: ignore[union-attr]
+        return self.proj(self.attend(q, k, v, causal=self.causal).flatten(-2))
 
     def step(self, x: Tensor, state: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """One token `(B, dim)`; the state is the keys and values so far, each `(B, t, kv_heads, head_dim)`."""
@@ -59,7 +59,11 @@ class SoftmaxAttention(Mixer):
         k, v = self.kv(x).unflatten(-1, (2, 1, self.kv_heads, self.head_dim)).unbind(-4)
         if state is not None:
             k, v = torch.cat([state[0], k], 1), torch.cat([state[1], v], 1)
-        return self.proj(ops.attention(q, k, v).flatten(1)), (k, v)  # type: ignore[union-attr]
+        return self.proj(self.attend(q, k, v).flatten(1)), (k, v)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+        """`(B, *S, num_heads, head_dim)` from keys and values `(B, *S_k, kv_heads, head_dim)`; for subclasses to replace."""
+        return ops.attention(q, k, v, causal=causal)  # type: ignore[return-value]
 
     def state_size(self, length: int) -> int:
         """All keys and values: grows with the stream."""

@@ -192,6 +192,77 @@ class PositionTable(nn.Module):
         return f"grid={self.grid}, dim={self.table.shape[-1]}"
 
 
+@tables.table
+def _rows_of_offsets(buckets: int, *sizes: int) -> tuple[np.ndarray]:
+    """Rows of an `OffsetTable` for every offset of a grid, `(*(2 spatial - 1))`; `sizes` are the table's, then the grid's."""
+    axes = len(sizes) // 2
+    rows = np.zeros((), np.int64)
+    for size, length in zip(sizes[:axes], sizes[axes:], strict=True):
+        offset = np.arange(1 - length, length)
+        if buckets:
+            half, exact = buckets // 2, buckets // 4
+            steps = np.log(np.maximum(np.abs(offset), exact) / exact) / np.log(size / exact) * (half - exact)
+            near = np.abs(offset) < exact
+            bucket = np.sign(offset) * np.where(near, np.abs(offset), np.minimum(exact + steps.astype(int), half - 1))
+            row, count = np.where(bucket >= 0, bucket + 2, bucket) + half - 1, buckets + 1
+        else:
+            row, count = np.clip(offset, 1 - size, size - 1) + size - 1, 2 * size - 1
+        rows = rows[..., None] * count + row
+    return (rows,)
+
+
+class OffsetTable(nn.Module):
+    """A learned number for each head and each offset of a key from its query (key minus query), on grids of any size.
+
+    `table` is `(prod(2 size - 1), heads)`, offsets in row-major order from 1 - size to size - 1 along each axis. Offsets
+    beyond the table have its outermost entries.
+
+    Args:
+        size: places along each axis. num_heads: columns.
+        value: all entries at first; None draws them from N(0, std^2).
+        buckets: on one axis, share entries between distant offsets: exact below a quarter of `buckets`, then
+            logarithmically up to `size` (T5's rule, with one half of the buckets for either side). `buckets` + 1 rows.
+    """
+
+    def __init__(
+        self,
+        size: Sequence[int],
+        num_heads: int,
+        *,
+        value: float | None = None,
+        std: float = 0.02,
+        buckets: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.size, self.buckets = tuple(size), buckets or 0
+        if buckets is not None and (len(self.size) != 1 or buckets % 4 or not 4 <= buckets < 4 * self.size[0]):
+            raise ValueError(
+                f"buckets must be a multiple of 4 below 4 size, on one axis, got buckets={buckets} with size={self.size}."
+            )
+        rows = buckets + 1 if buckets else math.prod(2 * side - 1 for side in self.size)
+        self.table = nn.Parameter(torch.empty(rows, num_heads))
+        if value is None:
+            nn.init.normal_(self.table, std=std)
+        else:
+            nn.init.constant_(self.table, value)
+
+    def forward(self, spatial: Sequence[int]) -> Tensor:
+        """The numbers of all offsets on a grid, from 1 - S to S - 1 along each axis: `(heads, *(2 spatial - 1))`."""
+        (rows,) = _rows_of_offsets(self.buckets, *self.size, *spatial)
+        return self.table[rows.to(self.table.device)].movedim(-1, 0)
+
+    def matrix(self, spatial: Sequence[int]) -> Tensor:
+        """The numbers of all (query, key) pairs of a grid, a (block) Toeplitz matrix: `(heads, N, N)`, N = prod(spatial)."""
+        values, axes = self(spatial), len(spatial)
+        for axis, length in enumerate(spatial):
+            # Query i sees the offsets -i .. S - 1 - i: windows of the offsets, the last one for query 0.
+            values = values.unfold(1 + axis, length, 1).flip(1 + axis)
+        return values.flatten(1 + axes).flatten(1, axes)
+
+    def extra_repr(self) -> str:
+        return f"size={self.size}, num_heads={self.table.shape[1]}" + (f", buckets={self.buckets}" * bool(self.buckets))
+
+
 def sincos(positions: Tensor, dim: int, *, base: float = 10000.0, interleaved: bool = True) -> Tensor:
     """Sine and cosine code of positions `(...,)`: `(..., dim)` (Vaswani et al., 2017, section 3.5).
 

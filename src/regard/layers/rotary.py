@@ -42,8 +42,21 @@ def axial_angles(spatial: Sequence[int], pairs: int) -> Tensor:
     return torch.cat(parts, -1)
 
 
-def rotate(x: Tensor, angles: Tensor) -> Tensor:
-    """Turn the channels 2i and 2i + 1 of x by angle i: `(..., 2 pairs)` and `(..., pairs)` -> the shape of x."""
+def sequence_angles(places: Tensor, pairs: int, base: float = 10000.0) -> Tensor:
+    """Angle of each pair of channels at places `(...,)` of a sequence: `(..., pairs)` float64 (RoFormer, eq. 15).
+
+    Pair i turns by base^(-i / pairs) radians a token.
+    """
+    rates = base ** (-torch.arange(pairs, dtype=torch.float64, device=places.device) / pairs)
+    return places.double()[..., None] * rates
+
+
+def rotate(x: Tensor, angles: Tensor, *, interleaved: bool = True) -> Tensor:
+    """Turn pairs of channels of x by angles: `(..., 2 pairs)` and `(..., pairs)` -> the shape of x.
+
+    Pair i is channels 2i and 2i + 1; not interleaved (as in LLaMA), channels i and i + pairs.
+    """
     cos, sin = (t.to(x.dtype).to(x.device) for t in (angles.cos(), angles.sin()))
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+    axis, sizes = (-1, (-1, 2)) if interleaved else (-2, (2, -1))
+    first, second = x.unflatten(-1, sizes).unbind(axis)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], axis).flatten(-2)

@@ -5,6 +5,7 @@ correct version of itself under the same name in `regard.ops.reference`.
 """
 
 from regard.ops.dense import attention
+from regard.ops.fft import fft_conv
 from regard.ops.grouped import grouped_attention
 from regard.ops.landmark import landmark_attention
 from regard.ops.linear import LinearState, linear_attention, linear_attention_step
@@ -17,6 +18,7 @@ from regard.ops.window import window_attention
 __all__ = [
     "LinearState",
     "attention",
+    "fft_conv",
     "grouped_attention",
     "landmark_attention",
     "linear_attention",

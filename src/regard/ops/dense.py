@@ -87,7 +87,12 @@ def _torch(
     if bias is not None:
         bias = bias.to(q.dtype)
         extra = bias if mask is None else torch.where(mask, bias, -math.inf)
-    out = F.scaled_dot_product_attention(q, k, v, extra, is_causal=causal, scale=scale, enable_gqa=grouped)
+    width = v.shape[-1]
+    if q.device.type == "cpu" and q.shape[-1] != width:
+        # PyTorch's fused kernel for CPUs wants one width; zeros change no product, and cost less than going without it.
+        scale, widest = q.shape[-1] ** -0.5 if scale is None else scale, max(q.shape[-1], width)
+        q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, extra, is_causal=causal, scale=scale, enable_gqa=grouped)[..., :width]
     if mask is not None:
         out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
     return out.transpose(1, 2).unflatten(1, spatial)
@@ -119,7 +124,7 @@ def _rows(x: Tensor, block: slice) -> Tensor:
     return x[..., block, :] if x.dim() > 1 and x.shape[-2] > 1 else x
 
 
-def _macs(q: Tensor, k: Tensor, v: Tensor, **_: object) -> int:
+def attention_macs(q: Tensor, k: Tensor, v: Tensor, **_: object) -> int:
     """Nq Nk (head_dim + value_dim) a head; causal attention is counted in full, as papers do."""
     pairs = q.shape[0] * q.shape[-2] * math.prod(q.shape[1:-2]) * math.prod(k.shape[1:-2])
     return pairs * (q.shape[-1] + v.shape[-1])
@@ -128,5 +133,5 @@ def _macs(q: Tensor, k: Tensor, v: Tensor, **_: object) -> int:
 register("attention", OpPath("cpu", cpu.decode_attention, cpu.refuses_decode))
 register("attention", OpPath("flash", flash.attention, flash.refuses_attention))
 register("attention", OpPath("flex", flex.attention, flex.refuses, flex.declines_attention))
-register("attention", OpPath("torch", _torch), macs=_macs)
+register("attention", OpPath("torch", _torch), macs=attention_macs)
 register("attention", OpPath("reference", reference.attention))

@@ -60,6 +60,34 @@ def neighborhood_attention(
     Raises:
         ValueError: for a window that does not fit into the map, a stride above the window, or shapes that do not agree.
     """
+    kernel, steps, gaps, past = neighborhood_arguments(q, k, v, kernel_size, stride, dilation, causal, bias)
+    return run(
+        "neighborhood_attention",
+        backend,
+        q,
+        k,
+        v,
+        kernel_size=kernel,
+        stride=steps,
+        dilation=gaps,
+        causal=past,
+        bias=bias,
+        scale=scale,
+        return_lse=return_lse,
+    )
+
+
+def neighborhood_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    causal: bool | Sequence[bool],
+    bias: Tensor | None,
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], tuple[bool, ...]]:
+    """Check the arguments of `neighborhood_attention`; kernel size, stride, dilation and causality of each axis."""
     checks.heads_last(q, k, v, ranks=(1, 2, 3))
     checks.no_half_on_cpu("neighborhood_attention", q)
     spatial = q.shape[1:-2]
@@ -78,20 +106,7 @@ def neighborhood_attention(
     table = (q.shape[-2], *(2 * width - 1 for width in kernel))
     if bias is not None and tuple(bias.shape) != table:
         raise ValueError(f"bias must be (heads, 2 * kernel - 1, ...) = {table}, got {tuple(bias.shape)}.")
-    return run(
-        "neighborhood_attention",
-        backend,
-        q,
-        k,
-        v,
-        kernel_size=kernel,
-        stride=steps,
-        dilation=gaps,
-        causal=past,
-        bias=bias,
-        scale=scale,
-        return_lse=return_lse,
-    )
+    return kernel, steps, gaps, past
 
 
 def _torch(
@@ -216,7 +231,7 @@ def _restore(x: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
     return x
 
 
-def _macs(q: Tensor, k: Tensor, v: Tensor, *, kernel_size: Sequence[int], **_: object) -> int:
+def neighborhood_macs(q: Tensor, k: Tensor, v: Tensor, *, kernel_size: Sequence[int], **_: object) -> int:
     """prod(kernel) (head_dim + value_dim) products a head and token."""
     return q.shape[0] * math.prod(q.shape[1:-1]) * math.prod(kernel_size) * (q.shape[-1] + v.shape[-1])
 
@@ -226,5 +241,5 @@ register("neighborhood_attention", OpPath("natten", natten.neighborhood_attentio
 register(
     "neighborhood_attention", OpPath("flex", flex.neighborhood_attention, flex.refuses, flex.declines_neighborhood)
 )
-register("neighborhood_attention", OpPath("torch", _torch), macs=_macs)
+register("neighborhood_attention", OpPath("torch", _torch), macs=neighborhood_macs)
 register("neighborhood_attention", OpPath("reference", reference.neighborhood_attention))

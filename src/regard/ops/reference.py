@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -226,3 +227,16 @@ def selective_scan(
         outs.append((h * c[:, t, None]).sum(-1))
     y = torch.stack(outs, 1) if outs else x
     return (y if skip is None else y + skip * x), h
+
+
+def fft_conv(x: Tensor, kernel: Tensor, *, causal: Sequence[bool], skip: Tensor | None = None) -> Tensor:
+    """A sum over taps of the grid moved by the tap's offset, with zeros coming in."""
+    y = torch.zeros_like(x) if skip is None else skip * x
+    for tap in itertools.product(*map(range, kernel.shape[:-1])):
+        moved = x
+        for axis, (index, past) in enumerate(zip(tap, causal, strict=True)):
+            offset, length = index if past else index - kernel.shape[axis] // 2, x.shape[1 + axis]
+            sides = [0, 0] * (x.dim() - 2 - axis) + [max(offset, 0), max(-offset, 0)]
+            moved = F.pad(moved, sides).narrow(1 + axis, max(-offset, 0), length)
+        y = y + kernel[tap] * moved
+    return y

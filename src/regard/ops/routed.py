@@ -49,10 +49,11 @@ def routed_attention(
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, index: Tensor, *, scale: float | None = None) -> Tensor:
     batch = torch.arange(len(q), device=q.device)[:, None, None]
-    # (batch, blocks, chosen, keys, heads, dim) -> (batch, blocks, heads, chosen keys, dim)
-    k, v = (x[batch, index].flatten(2, 3).transpose(2, 3) for x in (k, v))
-    grouped = q.shape[3] != k.shape[2]
-    return F.scaled_dot_product_attention(q.transpose(2, 3), k, v, scale=scale, enable_gqa=grouped).transpose(2, 3)
+    # (batch, blocks, chosen, keys, heads, dim) -> (batch blocks, heads, chosen keys, dim): four axes, as exporters take it
+    k, v = (x[batch, index].flatten(2, 3).flatten(0, 1).transpose(1, 2) for x in (k, v))
+    folded, grouped = q.flatten(0, 1).transpose(1, 2), q.shape[3] != k.shape[1]
+    out = F.scaled_dot_product_attention(folded, k, v, scale=scale, enable_gqa=grouped)
+    return out.transpose(1, 2).unflatten(0, q.shape[:2])
 
 
 def _macs(q: Tensor, k: Tensor, v: Tensor, index: Tensor, **_: object) -> int:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ast
-import re
-import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,8 +17,8 @@ from regard.flops import count_params
 from regard.measure import growth
 from regard.ops import LinearState
 from regard.proofs.base import Check, Preset, Proofs, Recipe
-from regard.proofs.experiments import headline, over_seeds
-from regard.proofs.recordings import Outputs, Recorded
+from regard.proofs.experiments import headline, least_seconds, over_seeds
+from regard.proofs.recordings import Outputs, Recorded, written_settings
 from regard.skeletons import DecoderLM, host_lm
 from regard.systems.sequence.lightning_attention import LightningAttention, TransNormerLLM, decay_rates
 from regard.tasks import create_task
@@ -39,13 +37,6 @@ class _Operator(nn.Module):
         return ops.linear_attention(q, k, v, causal=True, decay=decay, normalize=False).transpose(1, 2)  # type: ignore[union-attr]
 
 
-def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """The dictionary inside "SomeConfig({...})"."""
-    found = re.search(r"\{.*\}", config["config"])
-    assert found is not None
-    return ast.literal_eval(found[0])
-
-
 def _mixer(config: dict[str, Any]) -> LightningAttention:
     place = {"layer": config["layer_idx"], "depth": config["num_layers"]}
     return LightningAttention(
@@ -54,7 +45,7 @@ def _mixer(config: dict[str, Any]) -> LightningAttention:
 
 
 def _released(config: dict[str, Any]) -> TransNormerLLM:
-    given = _settings(config)
+    given = written_settings(config["config"])
     return TransNormerLLM(
         vocab_size=given["vocab_size"],
         dim=given["decoder_embed_dim"],
@@ -66,7 +57,7 @@ def _released(config: dict[str, Any]) -> TransNormerLLM:
 
 
 def _nano(config: dict[str, Any]) -> TransNormerLLM:
-    given = _settings(config)
+    given = written_settings(config["config"])
     return TransNormerLLM(
         vocab_size=given["vocab_size"],
         dim=given["n_embd"],
@@ -192,18 +183,6 @@ def _cumulative(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q[..., None, :] @ kv).squeeze(-2)
 
 
-def _fastest(run: Callable[..., Any], inputs: list[tuple[Tensor, ...]], rounds: int) -> list[float]:
-    """The least processor time of each input over `rounds` turns through all of them (other load disturbs wall time)."""
-    best = [float("inf")] * len(inputs)
-    with torch.no_grad():
-        for _ in range(rounds):
-            for index, values in enumerate(inputs):
-                started = time.process_time()
-                run(*values)
-                best[index] = min(best[index], time.process_time() - started)
-    return best
-
-
 def constant_speed(preset: Preset) -> Check:
     """Growth of time with length: blocks, masked product, cumulative sum; and what decoding has to keep."""
     heads, width, rounds = 2, 32, 2 if preset == "smoke" else 12
@@ -222,7 +201,7 @@ def constant_speed(preset: Preset) -> Check:
     times, exponents = {}, {}
     for name, form in forms.items():
         inputs = [tuple(torch.randn(3, 1, n, heads, width, generator=generator)) for n in lengths[name]]
-        times[name] = _fastest(form, inputs, rounds)
+        times[name] = least_seconds([partial(form, *values) for values in inputs], rounds)
         exponents[name] = round(growth(lengths[name], times[name]), 3)
     last = lengths["dense"][-1]
     ours = times["blocks"][lengths["blocks"].index(last)]

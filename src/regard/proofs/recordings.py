@@ -6,7 +6,9 @@ with `SLUG.CASE.json`, which names repository, commit, class and configuration, 
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +24,18 @@ if TYPE_CHECKING:
     from regard.proofs.base import Check
 
 Outputs = Mapping[str, Tensor]
+
+
+def written_settings(text: str) -> dict[str, Any]:
+    """The dictionary inside a constructor that is recorded as text, "SomeConfig({...})".
+
+    Raises:
+        ValueError: if there is none.
+    """
+    found = re.search(r"\{.*\}", text)
+    if found is None:
+        raise ValueError(f"no {{...}} in the recorded constructor {text!r}.")
+    return ast.literal_eval(found[0])
 
 
 def golden_folder() -> Path:
@@ -169,14 +183,15 @@ def check_recorded(case: Recorded, folder: Path | None = None) -> Check:
             compare("grad/param", name, own[name].grad, part)
     worst = max(ratios, key=lambda name: ratios[name])
     about = recording.about
+    origin = about.get("repo") or about.get("source", "the authors")
     return Check(
-        name=f"equals the recording {case.name} of {about.get('repo', 'the authors')} ({about.get('class', '')})",
+        name=f"equals the recording {case.name} of {origin} ({about.get('class', '')})",
         holds=all(ratio <= 1 for ratio in ratios.values()),
         figures={
             "tensors_compared": len(ratios),
             "largest_error_over_tolerance": ratios[worst],
             "where": worst,
         },
-        setting=f"commit {about.get('commit', 'unknown')}, float32, tolerances recorded per tensor"
+        setting=f"commit {about.get('commit') or 'unknown'}, float32, tolerances recorded per tensor"
         + (f"; gradients left out: {case.no_gradients}" if case.no_gradients else ""),
     )

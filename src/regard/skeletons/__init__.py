@@ -5,9 +5,11 @@ from regard.skeletons.conv_pyramid import ConvPyramid
 from regard.skeletons.cswin import CSWinPyramid
 from regard.skeletons.decoder_lm import DecoderLM, host_lm
 from regard.skeletons.deit import DeiT, TokenBlock
+from regard.skeletons.dit import AdaptiveBlock, DiT
 from regard.skeletons.hierarchical import Hierarchical
 from regard.skeletons.isotropic import Isotropic
 from regard.skeletons.light import LightPyramid
+from regard.skeletons.llama import Llama
 from regard.skeletons.place import MixerAt, Place, places
 from regard.skeletons.pvt import PVT
 from regard.skeletons.restoration import Reconstruction, ResidualGroup, Restoration, body_conv
@@ -15,14 +17,17 @@ from regard.skeletons.swin import SwinPyramid
 
 __all__ = [
     "PVT",
+    "AdaptiveBlock",
     "CSWinPyramid",
     "ConvPyramid",
     "DecoderLM",
     "DeiT",
+    "DiT",
     "Hierarchical",
     "ImageModel",
     "Isotropic",
     "LightPyramid",
+    "Llama",
     "MixerAt",
     "Model",
     "Place",

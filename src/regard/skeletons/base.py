@@ -77,6 +77,10 @@ class ImageModel(Model):
                 raise ValueError(f"indices must lie in 0..{len(maps) - 1}, got {index}.")
         return [maps[index].movedim(-1, 1) for index in wanted]
 
+    def get_classifier(self) -> nn.Module:
+        """The classifier, such as one freezes the rest for."""
+        return self.head
+
     def reset_classifier(self, num_classes: int) -> None:
         """Replace the classifier by a fresh one; 0 classes leave the pooled features."""
         self.num_classes = num_classes

@@ -25,6 +25,7 @@ class ConvPyramid(Hierarchical):
         layer_scales: initial layer scale of each stage, None for none; None for all stages.
         mlp: of channels and hidden channels -> the feed-forward network of a block.
         mlp_norm: the norm before it; None is LayerNorm.
+        block: a `PositionedBlock`, or a kind of it.
         projection: channels before the classifier.
         img_size: where mixers depend on the size of their map, they are built for it.
     """
@@ -59,6 +60,7 @@ class ConvPyramid(Hierarchical):
         layer_scales: Sequence[float | None] | None = None,
         mlp: Callable[[int, int], nn.Module] = ConvMlp,
         mlp_norm: Callable[[int], nn.Module] | None = None,
+        block: type[PositionedBlock] = PositionedBlock,
         projection: int | None = None,
         img_size: int = 224,
         drop_path_rate: float = 0.0,
@@ -76,7 +78,7 @@ class ConvPyramid(Hierarchical):
             downs=[nn.Identity(), *(ConvStem(a, [b], [2]) for a, b in zip(dims[:-1], dims[1:], strict=True))],
             stages=[
                 [
-                    PositionedBlock(
+                    block(
                         at.dim,
                         mixer(at),
                         mlp=mlp(at.dim, int(at.dim * ratio)),

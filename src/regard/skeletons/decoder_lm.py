@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from regard import checks
+from regard.checkpoint import drop_tied_head
 from regard.layers import Block, linear_rates, sincos
 from regard.registry import mixer_class
 from regard.skeletons.base import Model
@@ -121,6 +122,10 @@ class DecoderLM(Model):
             nn.init.normal_(self.pos_embed, std=0.02)
         if self.head is not None:
             nn.init.normal_(self.head.weight, std=0.02)
+
+    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Checkpoints of tied models may hold the shared matrix twice, under two names."""
+        return drop_tied_head(state) if self.head is None else state
 
     @property
     def can_stream(self) -> bool:

@@ -52,6 +52,9 @@ class DeiT(Isotropic):
     host_rules: ClassVar = ((r"^patch_embed\.", "stem."), (r"^(blocks\.\d+)\.attn\.", r"\1.mixer."))
     """The authors' names outside of the mixers."""
 
+    plain_block: ClassVar[type[Block]] = Block
+    """Of parts that take the whole sequence."""
+
     def __init__(
         self,
         *,
@@ -74,7 +77,7 @@ class DeiT(Isotropic):
         blocks: list[nn.Module] = []
         for place in stage:
             made, feed = mixer(place), None if mlp is None else mlp(dim)
-            kind = TokenBlock if _takes_class_token(made) or _takes_class_token(feed) else Block
+            kind = TokenBlock if _takes_class_token(made) or _takes_class_token(feed) else self.plain_block
             blocks.append(kind(dim, made, mlp=feed, mlp_ratio=mlp_ratio, norm=norm, drop_path=place.drop_path))
         super().__init__(
             stem=PatchEmbed(in_chans, dim, patch_size, norm=False) if stem is None else stem,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from torch import nn
@@ -17,6 +17,7 @@ class SwinPyramid(Hierarchical):
 
     Args:
         mixer: builds the mixer of each block. dim: channels of the first stage.
+        block: builds the residual block around a mixer, with the arguments of `Block`.
         img_size: where mixers depend on the size of their map, they are built for it.
     """
 
@@ -44,6 +45,7 @@ class SwinPyramid(Hierarchical):
         drop_path_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 3,
+        block: Callable[..., nn.Module] = Block,
     ) -> None:
         dims = [dim * 2**stage for stage in range(len(depths))]
         strides = [patch_size * 2**stage for stage in range(len(depths))]
@@ -51,7 +53,7 @@ class SwinPyramid(Hierarchical):
             stem=PatchEmbed(in_chans, dim, patch_size),
             downs=[nn.Identity(), *(PatchMerging(width) for width in dims[:-1])],
             stages=[
-                [Block(at.dim, mixer(at), mlp_ratio=mlp_ratio, drop_path=at.drop_path) for at in blocks]
+                [block(at.dim, mixer(at), mlp_ratio=mlp_ratio, drop_path=at.drop_path) for at in blocks]
                 for blocks in places(dims, depths, num_heads, strides, img_size, drop_path_rate)
             ],
             dims=dims,

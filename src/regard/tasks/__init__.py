@@ -29,6 +29,10 @@ _MODULES = {
     "csl": "graphs",
     "far_label": "graphs",
     "molecules": "molecules",
+    "position": "sequences",
+    "even_tokens": "sequences",
+    "match3": "sequences",
+    "copy": "sequences",
 }
 
 

@@ -57,9 +57,20 @@ def _row(name: str, compile_too: bool) -> dict[str, Any]:
     row["bfloat16"] = _works(lambda: mixer.to(torch.bfloat16)(x.bfloat16()))
     mixer.float()
     if compile_too:
-        row["compile"] = _works(lambda: torch.compile(mixer, fullgraph=True, backend="aot_eager")(x))
-        row["export"] = _works(lambda: torch.export.export(mixer, (x,)))
+        row["compile"] = _works(lambda: _check_compiled(mixer, x))
+        row["export"] = _works(lambda: _check_exported(mixer, x))
     return row
+
+
+def _check_compiled(mixer: nn.Module, x: torch.Tensor) -> None:
+    """One graph, and the same result."""
+    torch.compiler.reset()  # what other mixers had compiled counts towards a limit
+    assert torch.allclose(torch.compile(mixer, fullgraph=True, backend="aot_eager")(x), mixer(x), atol=1e-5)
+
+
+def _check_exported(mixer: nn.Module, x: torch.Tensor) -> None:
+    """A program that stands alone, and the same result."""
+    assert torch.allclose(torch.export.export(mixer, (x,)).module()(x), mixer(x), atol=1e-5)
 
 
 def _check_causal(name: str) -> None:

@@ -95,11 +95,19 @@ class NeighborhoodAttention(Mixer):
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, dim)` -> the same shape."""
         spatial = self.check(x)
+        q, k, v = self.project(x)
+        return self.proj(crop(self.attend(q, k, v), spatial).flatten(-2))
+
+    def project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """q, k and v of the map, padded where it is smaller than the window: each `(B, *S', heads, head_dim)`."""
         needed = [width * gap for width, gap in zip(self.kernel_size, self.dilation, strict=True)]
         # Up to the next multiple of what is needed where the map is smaller, and of 1 elsewhere.
-        x = pad_to_multiple(x, [need if need > length else 1 for need, length in zip(needed, spatial, strict=True)])
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        out = ops.neighborhood_attention(
+        x = pad_to_multiple(x, [need if need > size else 1 for need, size in zip(needed, x.shape[1:-1], strict=True)])
+        return self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The mechanism without its projections, `(B, *S, heads, head_dim)` -> the same shape."""
+        return ops.neighborhood_attention(  # type: ignore[return-value]
             q,
             k,
             v,
@@ -109,7 +117,6 @@ class NeighborhoodAttention(Mixer):
             causal=self.causal,
             bias=self.rpb,
         )
-        return self.proj(crop(out, spatial).flatten(-2))
 
     def step(self, x: Tensor, state: KeysValues | None = None) -> tuple[Tensor, KeysValues]:
         """One token `(B, dim)`; the state is the last (kernel - 1) * dilation keys and values `(B, t, heads, width)`.
@@ -243,10 +250,12 @@ _LEVELS = KeyMap(
 )
 
 
-def _mixer(at: Place, kernel_size: int, dilations: Sequence[int]) -> NeighborhoodAttention:
+def _mixer(
+    at: Place, kernel_size: int, dilations: Sequence[int], kind: type[NeighborhoodAttention] = NeighborhoodAttention
+) -> NeighborhoodAttention:
     """The mixer of a block; the dilations take turns."""
     dilation = dilations[at.index % len(dilations)]
-    return NeighborhoodAttention(at.dim, at.num_heads, kernel_size=kernel_size, dilation=dilation)
+    return kind(at.dim, at.num_heads, kernel_size=kernel_size, dilation=dilation, rel_pos_bias=True)
 
 
 class DiNAT(_Tables, Hierarchical):
@@ -265,6 +274,8 @@ class DiNAT(_Tables, Hierarchical):
     """
 
     authors_keys = _LEVELS
+    mixer: ClassVar[type[NeighborhoodAttention]] = NeighborhoodAttention
+    """Class of the mixers."""
 
     def __init__(
         self,
@@ -288,7 +299,7 @@ class DiNAT(_Tables, Hierarchical):
                 [
                     Block(
                         at.dim,
-                        _mixer(at, kernel_size, turns),
+                        _mixer(at, kernel_size, turns, self.mixer),
                         mlp_ratio=mlp_ratio,
                         layer_scale=layer_scale,
                         drop_path=at.drop_path,

@@ -192,6 +192,7 @@ class MobileNetV2(MobileNet):
         layers: as in `MobileNet`. expand_ratio: inner channels of a block as a multiple; the first block has 1.
         features: channels of the last convolution. dropout: before the classifier.
         after, instead, subspaces: where ULSAM stands, see `MobileNet`.
+        gate: of the inner channels of a block that expands them -> a module before its last convolution, for other systems.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class MobileNetV2(MobileNet):
         drop_path_rate: float = 0.0,
         num_classes: int = 1000,
         in_chans: int = 3,
+        gate: Callable[[int], nn.Module] | None = None,
     ) -> None:
         rates = linear_rates(drop_path_rate, len(layers))
 
@@ -218,7 +220,8 @@ class MobileNetV2(MobileNet):
             inner = dim * (expand_ratio if index else 1)
             wide = [ConvNorm(dim, inner), nn.ReLU6()] if inner != dim else []
             local = ConvNorm(inner, inner, 3, stride=stride, groups=inner)
-            branch = nn.Sequential(*wide, local, nn.ReLU6(), ConvNorm(inner, out_dim))
+            gates = [gate(inner)] if wide and gate is not None else []
+            branch = nn.Sequential(*wide, local, nn.ReLU6(), *gates, ConvNorm(inner, out_dim))
             return Residual(branch, rates[index]) if stride == 1 and dim == out_dim else branch
 
         super().__init__(

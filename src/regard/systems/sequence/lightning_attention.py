@@ -263,17 +263,6 @@ class TransNormerLLM(DecoderLM):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
 
-    def adapt_state_dict(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Checkpoints of tied models hold the shared matrix twice, under two names.
-
-        Raises:
-            ValueError: if the two differ.
-        """
-        head = state.pop("head.weight", None) if self.head is None else None
-        if head is not None and not torch.equal(head, state.setdefault("embed.weight", head)):
-            raise ValueError("the checkpoint's head is not its embedding: build the model with tied=False.")
-        return state
-
 
 _COUNT = "counted from the authors' code; the released configuration files are not in their repositories"
 
