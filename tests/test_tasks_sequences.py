@@ -49,6 +49,19 @@ def test_copy_asks_for_what_stood_before():
         create_task("copy", length=4, lag=4)
 
 
+def test_recall_asks_for_the_value_of_each_key():
+    task = create_task("recall", pairs=3, keys=5, values=4)
+    item = task.train_set[0]
+    tokens, answers = item["inputs"].tolist(), item["targets"].tolist()
+    assert len(set(tokens[:6:2])) == 3
+    assert all(token < 5 for token in tokens[:6:2] + tokens[6:])
+    assert all(5 <= token < 9 for token in tokens[1:6:2])
+    pairs = dict(zip(tokens[:6:2], tokens[1:6:2], strict=True))
+    assert answers == [UNASKED] * 6 + [pairs[key] - 5 for key in tokens[6:]]
+    with pytest.raises(ValueError, match="pairs"):
+        create_task("recall", pairs=6, keys=5)
+
+
 @pytest.mark.parametrize("name", ["position", "even_tokens", "match3", "copy"])
 def test_items_depend_on_seed_and_index_alone(name):
     first, again, other = (create_task(name, seed=seed).train_set for seed in (0, 0, 1))

@@ -33,6 +33,7 @@ _MODULES = {
     "even_tokens": "sequences",
     "match3": "sequences",
     "copy": "sequences",
+    "recall": "sequences",
 }
 
 

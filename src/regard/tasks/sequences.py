@@ -188,3 +188,42 @@ class CopyTask(SequenceTask):
 
     def answers(self, sequence: np.ndarray) -> np.ndarray:
         return np.concatenate([np.full(self.lag, UNASKED), sequence[: len(sequence) - self.lag]])
+
+
+class RecallTask(SequenceTask):
+    """Key, value, key, value, ..., then every key again in another order: which value came with it? Asked at those only.
+
+    (Multi-query associative recall; Arora et al., 2023, arXiv 2312.04927, in its plainest form.) Keys are different
+    tokens, drawn from `keys`; values are drawn from as many others as `values` says. Answers count from 0.
+    """
+
+    name = "recall"
+
+    def __init__(
+        self,
+        pairs: int = 6,
+        keys: int = 16,
+        values: int = 16,
+        train_items: int = 100_000,
+        eval_items: int = 256,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(3 * whole("pairs", pairs), train_items, eval_items, seed)
+        self.pairs, self.keys, self.num_classes = pairs, whole("keys", keys), whole("values", values)
+        if pairs > keys:
+            raise ValueError(f"pairs must be at most keys={keys}, got {pairs}: the keys of a sequence are different.")
+        self.vocab_size = keys + values
+
+    @property
+    def description(self) -> str:
+        return f"{self.pairs} of {self.keys} keys, each followed by one of {self.num_classes} values; which came with each key?"
+
+    def draw(self, rng: np.random.Generator) -> np.ndarray:
+        keys = rng.permutation(self.keys)[: self.pairs]
+        values = self.keys + rng.integers(0, self.num_classes, self.pairs)
+        return np.concatenate([np.stack([keys, values], 1).ravel(), rng.permutation(keys)])
+
+    def answers(self, sequence: np.ndarray) -> np.ndarray:
+        asked = 2 * self.pairs
+        value_of = dict(zip(sequence[:asked:2], sequence[1:asked:2] - self.keys, strict=True))
+        return np.array([UNASKED] * asked + [value_of[key] for key in sequence[asked:]])
