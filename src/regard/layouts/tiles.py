@@ -179,7 +179,7 @@ def legal_tiles(axes: int) -> tuple[TileShapes, ...]:
     shapes = []
     for queries, keys in TILE_SIZES:
         for q_tile in _factors(queries, axes):
-            shapes += [(q_tile, k) for k in _factors(keys, axes) if all(map(int.__ge__, k, q_tile))]
+            shapes += [(q_tile, k) for k in _factors(keys, axes) if all(a >= b for a, b in zip(k, q_tile, strict=True))]
     return tuple(shapes)
 
 
@@ -195,12 +195,12 @@ def fitted(tile: Sequence[int], axes: Sequence[Axis]) -> tuple[int, ...]:
     return tuple(min(side, axis.longest) for side, axis in zip(tile, axes, strict=True))
 
 
+@torch.compiler.assume_constant_result
 def best_tiles(axes: Sequence[Axis], aligned: bool) -> TileShapes:
     """The legal tile shapes that multiply the fewest queries and keys; of equals, those with the fewest visits."""
     return _best_tiles(tuple(axis._replace(length=index(axis.length)) for axis in axes), aligned)
 
 
-@torch.compiler.assume_constant_result
 @lru_cache(maxsize=1024)
 def _best_tiles(axes: tuple[Axis, ...], aligned: bool) -> TileShapes:
     def cost(shapes: TileShapes) -> tuple[int, int]:

@@ -93,6 +93,10 @@ def _torch(
         scale, widest = q.shape[-1] ** -0.5 if scale is None else scale, max(q.shape[-1], width)
         q, k, v = (F.pad(x, (0, widest - x.shape[-1])) for x in (q, k, v))
     out = F.scaled_dot_product_attention(q, k, v, extra, is_causal=causal, scale=scale, enable_gqa=grouped)[..., :width]
+    if (
+        torch.compiler.is_exporting()
+    ):  # writes attention out as products, whose result has other strides than views rely on
+        out = out.clone(memory_format=torch.contiguous_format)
     if mask is not None:
         out = torch.where(mask.any(-1, keepdim=True), out, 0.0)
     return out.transpose(1, 2).unflatten(1, spatial)

@@ -199,7 +199,9 @@ class SelfGuidedAttention(_Localised):
             raise ValueError(
                 f"saliency must be {tuple(x.shape[:-1])}, one number a token, got {tuple(saliency.shape)}."
             )
-        order = saliency.flatten(1).argsort(dim=1, stable=True)
+        # ONNX knows no stable sort by that name, but its sort leaves equal values in the order of their places.
+        stable = {} if torch.compiler.is_exporting() else {"stable": True}
+        order = saliency.flatten(1).sort(dim=1, **stable).indices
         few = self._merge(tokens.gather(1, order[..., None].expand_as(tokens)))
         k, v = (torch.cat(pair, -2) for pair in zip(*(self._keys(m, few) for m in (self.kv1, self.kv2)), strict=True))
         out = ops.attention(q, k, v)
