@@ -252,7 +252,8 @@ def language_modelling(preset: Preset) -> Check:
         f"{size['depth']} blocks (GAM sees {2 * size['depth'] + 1} characters), "
         f"{config.steps} steps of {config.batch_size}, seeds {list(seeds)}, bits per byte and perplexity of a character (lower "
         "is better); time of a forward and backward pass on one training batch with fused attention, least processor time; "
-        "holds if GAM's mean is at most the Transformer's, the latter below letter frequencies, and GAM's pass shorter",
+        "holds if GAM's mean is at most the Transformer's, the latter below letter frequencies, and GAM's pass shorter. "
+        "So short a training compares how soon they learn: a Transformer above the bigram has not begun to use its context",
     )
 
 
