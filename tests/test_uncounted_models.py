@@ -1,4 +1,4 @@
-"""Image models without published counts, which the shared contract does not choose, keep its interface too."""
+"""Image models without published counts, and one that the shared contract passes over, on small and odd images."""
 
 from __future__ import annotations
 

@@ -7,9 +7,12 @@ position modulo the dilation; a token's rank is its place inside its group. Ever
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import torch.nn.functional as F
 from torch import Tensor
 
 from regard.layouts.tables import table
@@ -33,6 +36,47 @@ class AxisTiles(NamedTuple):
     place: Tensor
     pattern: Tensor
     offset: Tensor
+
+
+class QueryTiles(Protocol):
+    """The tiles of queries along an axis, `(tiles, T)` positions, and the slot that computes each position."""
+
+    @property
+    def queries(self) -> Tensor: ...
+    @property
+    def place(self) -> Tensor: ...
+
+
+def restore(x: Tensor, tiles: Sequence[QueryTiles]) -> Tensor:
+    """Tiles of queries back on their grid: `(B, n1, n2, .., heads, T1 T2 .., d)` -> `(B, *S, heads, d)`."""
+    axes = len(tiles)
+    x = x.unflatten(2 + axes, [t.queries.shape[1] for t in tiles])
+    order = [0]
+    for axis in range(axes):
+        order += [1 + axis, 2 + axes + axis]
+    x = x.permute(*order, 1 + axes, 2 + 2 * axes)
+    x = x.reshape(x.shape[0], *[t.queries.numel() for t in tiles], *x.shape[-2:])
+    for axis, tile in enumerate(tiles):
+        x = x.index_select(1 + axis, tile.place)
+    return x
+
+
+def offset_biases(bias: Tensor, offsets: Sequence[Tensor]) -> Tensor:
+    """The bias of every pair of a tile: `(heads, 2 kernel - 1, ..)` -> `(p1, p2, .., heads, T1 T2 .., E1 E2 ..)`.
+
+    Args:
+        offsets: for each axis `(p, T, E)`, key rank - query rank + kernel - 1, or 2 kernel - 1 for an unseen key: -inf.
+    """
+    axes = len(offsets)
+    bias = F.pad(bias, (0, 1) * axes, value=-math.inf)
+    for axis in reversed(range(axes)):  # the last first: later axes then copy whole rows
+        bias = bias.index_select(1 + axis, offsets[axis].flatten())
+    shape = [bias.shape[0]]
+    for offset in offsets:
+        shape += offset.shape
+    patterns, queries, keys = (range(first, 1 + 3 * axes, 3) for first in (1, 2, 3))
+    bias = bias.view(shape).permute(*patterns, 0, *queries, *keys)
+    return bias.flatten(1 + 2 * axes).flatten(1 + axes, 2 * axes)
 
 
 def axis_tiles(length: int, kernel: int, stride: int, dilation: int, causal: bool, tile: int) -> AxisTiles:

@@ -6,13 +6,12 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regard import checks
 from regard.kernels import OpPath, flex, natten, register, run
 from regard.kernels.cpu import paths as cpu
-from regard.layouts.neighborhoods import AxisTiles, axis_tiles
+from regard.layouts.neighborhoods import AxisTiles, axis_tiles, offset_biases, restore
 from regard.ops import reference
 
 _CHUNK = 1 << 22
@@ -136,7 +135,7 @@ def _torch(
     q, k, v = q * (q.shape[-1] ** -0.5 if scale is None else scale), k.contiguous(), v.contiguous()
     if bias is None:
         bias = q.new_zeros([1, *[2 * width - 1 for width in kernel_size]])
-    table = _table(tiles, bias.to(q.dtype))
+    table = offset_biases(bias.to(q.dtype), [t.offset for t in tiles])
     # The first axis is cut into chunks of tiles, so that the memory stays bounded whatever the size of the map.
     inner = math.prod([t.pattern.numel() * t.offset[0].numel() for t in tiles[1:]])
     per_tile = q.shape[0] * q.shape[-2] * inner * tiles[0].offset[0].numel()
@@ -146,11 +145,11 @@ def _torch(
         out, lse = _attend([_cut(tiles[0], slice(first, first + chunk)), *tiles[1:]], q, k, v, table, return_lse)
         outs.append(out)
         lses.append(lse)
-    out = _restore(torch.cat(outs, 1) if len(outs) > 1 else outs[0], tiles)
+    out = restore(torch.cat(outs, 1) if len(outs) > 1 else outs[0], tiles)
     if not return_lse:
         return out
     lse = torch.cat(lses, 1) if len(lses) > 1 else lses[0]  # type: ignore[arg-type]
-    return out, _restore(lse, tiles).squeeze(-1)  # type: ignore[arg-type]
+    return out, restore(lse, tiles).squeeze(-1)  # type: ignore[arg-type]
 
 
 def _tile(axes: int, width: int, group: int) -> int:
@@ -188,20 +187,6 @@ def _take(x: Tensor, rows: Tensor) -> Tensor:
     return boxes.flatten(x.dim() - 1, -2)
 
 
-def _table(tiles: Sequence[AxisTiles], bias: Tensor) -> Tensor:
-    """The bias of each combination of tile patterns: `(p1, p2, .., h, T, E)`, -inf where a key is not seen."""
-    axes = len(tiles)
-    table = F.pad(bias, (0, 1) * axes, value=-math.inf)  # the entry that the offset of an unseen key names
-    for axis in reversed(range(axes)):  # the last first: later axes then copy whole rows
-        table = table.index_select(1 + axis, tiles[axis].offset.flatten())
-    shape = [table.shape[0]]
-    for tile in tiles:
-        shape += tile.offset.shape
-    patterns, queries, keys = (range(first, 1 + 3 * axes, 3) for first in (1, 2, 3))
-    table = table.view(shape).permute(*patterns, 0, *queries, *keys)
-    return table.flatten(1 + 2 * axes).flatten(1 + axes, 2 * axes)
-
-
 def _attend(
     tiles: Sequence[AxisTiles], q: Tensor, k: Tensor, v: Tensor, table: Tensor, return_lse: bool
 ) -> tuple[Tensor, Tensor | None]:
@@ -215,20 +200,6 @@ def _attend(
     logits = (q @ k.transpose(-1, -2)).add_(table)
     lse = logits.logsumexp(-1, keepdim=True) if return_lse else None
     return logits.softmax(-1) @ v, lse
-
-
-def _restore(x: Tensor, tiles: Sequence[AxisTiles]) -> Tensor:
-    """`(B, n1, n2, .., h, T1 T2 .., d)` -> `(B, *S, h, d)`."""
-    axes = len(tiles)
-    x = x.unflatten(2 + axes, [t.queries.shape[1] for t in tiles])
-    order = [0]
-    for axis in range(axes):
-        order += [1 + axis, 2 + axes + axis]
-    x = x.permute(*order, 1 + axes, 2 + 2 * axes)
-    x = x.reshape(x.shape[0], *[t.queries.numel() for t in tiles], *x.shape[-2:])
-    for axis, tile in enumerate(tiles):
-        x = x.index_select(1 + axis, tile.place)
-    return x
 
 
 def neighborhood_macs(q: Tensor, k: Tensor, v: Tensor, *, kernel_size: Sequence[int], **_: object) -> int:

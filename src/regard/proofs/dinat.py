@@ -100,19 +100,23 @@ def streams_equal_sequences() -> Check:
     )
 
 
-def recipe(preset: Preset) -> Recipe:
-    """A two-level DiNAT on digit scenes; "paper" is DiNAT-Tiny with the paper's schedule, on scenes of 224 pixels."""
+def recipe(preset: Preset, kind: type[DiNAT] = DiNAT) -> Recipe:
+    """A two-level DiNAT on digit scenes; "paper" is DiNAT-Tiny with the paper's schedule, on scenes of 224 pixels.
+
+    Args:
+        kind: the class of the model, for other ways to the same mechanism.
+    """
     if preset == "paper":
         task = create_task("scenes", kind="local", size=224, label_smoothing=0.1)
-        model = seeded(lambda: DiNAT(num_classes=task.num_classes), 0)
+        model = seeded(lambda: kind(num_classes=task.num_classes), 0)
         return Recipe(model, task, TrainConfig(steps=375_000, batch_size=1024, lr=1e-3, warmup=20 / 310))
     task = create_task("scenes", kind="local")
     steps = {"smoke": 2, "small": 400}[preset]
-    return Recipe(seeded(lambda: _tiny(((1, 2), (1,)), task), 0), task, TrainConfig(steps=steps, lr=2e-3))
+    return Recipe(seeded(lambda: _tiny(((1, 2), (1,)), task, kind), 0), task, TrainConfig(steps=steps, lr=2e-3))
 
 
-def _tiny(dilations: tuple[tuple[int, ...], ...], task: Classification) -> DiNAT:
-    return DiNAT(
+def _tiny(dilations: tuple[tuple[int, ...], ...], task: Classification, kind: type[DiNAT] = DiNAT) -> DiNAT:
+    return kind(
         dim=32,
         depths=(2, 2),
         num_heads=(2, 4),

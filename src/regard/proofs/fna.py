@@ -20,6 +20,7 @@ from regard.layouts.neighborhoods import axis_windows
 from regard.layouts.tiles import Axis
 from regard.measure import growth, peak_bytes
 from regard.proofs.base import Check, Preset, Proofs, Recipe
+from regard.proofs.dinat import recipe as dinat_recipe
 from regard.proofs.experiments import least_seconds
 from regard.proofs.recordings import Recorded
 from regard.systems.hardware.fna import (
@@ -29,8 +30,6 @@ from regard.systems.hardware.fna import (
     unfused_attention,
 )
 from regard.systems.hardware.gna import simulate
-from regard.tasks import create_task
-from regard.training import TrainConfig, seeded
 
 Form = Callable[..., Any]
 
@@ -144,26 +143,8 @@ def forms_equal_the_reference() -> Check:
 
 
 def recipe(preset: Preset) -> Recipe:
-    """A two-level DiNAT on digit scenes, by the fused walk; "paper" is DiNAT-Tiny with its own schedule."""
-    if preset == "paper":
-        task = create_task("scenes", kind="local", size=224, label_smoothing=0.1)
-        model = seeded(lambda: FusedDiNAT(num_classes=task.num_classes), 0)
-        return Recipe(model, task, TrainConfig(steps=375_000, batch_size=1024, lr=1e-3, warmup=20 / 310))
-    task = create_task("scenes", kind="local")
-    model = seeded(
-        lambda: FusedDiNAT(
-            dim=32,
-            depths=(2, 2),
-            num_heads=(2, 4),
-            kernel_size=3,
-            dilations=((1, 2), (1,)),
-            mlp_ratio=2.0,
-            drop_path_rate=0.0,
-            num_classes=task.num_classes,
-        ),
-        0,
-    )
-    return Recipe(model, task, TrainConfig(steps=2 if preset == "smoke" else 400, lr=2e-3))
+    """That of DiNAT, by the fused walk."""
+    return dinat_recipe(preset, FusedDiNAT)
 
 
 def _draw(*spatial: int, width: int = 32) -> list[Tensor]:

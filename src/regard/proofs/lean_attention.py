@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-import time
-from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
 from statistics import fmean
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from regard import ops
 from regard.checkpoint import load_authors_weights
 from regard.proofs.base import Check, Preset, Proofs, Recipe
+from regard.proofs.experiments import least_seconds
 from regard.proofs.recordings import Outputs, Recorded, Recording, golden_folder
 from regard.systems.hardware._stream_k import (
     LeanPlan,
@@ -406,17 +405,6 @@ def _merge(results: list[tuple[int, Tensor, Tensor]], heads: int) -> Tensor:
     return torch.cat(outs, 2)
 
 
-def _least(jobs: list[Callable[[], Any]], rounds: int) -> list[float]:
-    """The least processor time of each job over `rounds` turns through all of them."""
-    best = [math.inf] * len(jobs)
-    for _ in range(rounds):
-        for index, job in enumerate(jobs):
-            started = time.process_time()
-            job()
-            best[index] = min(best[index], time.process_time() - started)
-    return best
-
-
 def two_workers(preset: Preset) -> Check:
     """Measured on a processor: the work of each of two workers, timed alone, for three heads and for four."""
     keys, rounds = (2048, 2) if preset == "smoke" else (65536, 15)
@@ -441,7 +429,7 @@ def two_workers(preset: Preset) -> Check:
                 partial(_work, qkv, cut, 0),
                 partial(_work, qkv, cut, 1),
             ]
-            times = _least([*jobs, partial(_merge, results, heads)], rounds)
+            times = least_seconds([*jobs, partial(_merge, results, heads)], rounds)
         ratios[heads] = max(times[:2]) / (max(times[2:4]) + times[4])
         figures[f"milliseconds_of_each_worker_by_heads_{heads}_heads"] = [round(1e3 * t, 3) for t in times[:2]]
         figures[f"milliseconds_of_each_worker_by_tiles_{heads}_heads"] = [round(1e3 * t, 3) for t in times[2:4]]

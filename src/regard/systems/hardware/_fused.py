@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from regard.layouts.neighborhoods import offset_biases
 from regard.layouts.tiles import Axis, Step, TileWalk, tile_count, tile_walk
 
 _CHUNK = 1 << 22
@@ -156,8 +157,7 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor | None, steps: Sequence[Step], pr
     logits = (q @ k.transpose(-1, -2)).to(_accumulator(q))
     if bias is None:
         bias = logits.new_zeros([1, *(2 * axis.kernel - 1 for axis in problem.axes)])
-    bias = F.pad(bias.to(logits.dtype), (0, 1) * len(steps), value=-math.inf)  # the entry of an unseen key
-    table = biases(bias, [step.offset for step in steps])
+    table = offset_biases(bias.to(logits.dtype), [step.offset for step in steps])
     for axis, step in enumerate(steps):
         table = table.index_select(axis, step.pattern)
     return logits + table
@@ -166,17 +166,6 @@ def _logits(q: Tensor, k: Tensor, bias: Tensor | None, steps: Sequence[Step], pr
 def _exp(x: Tensor) -> Tensor:
     """By powers of two, which are many times as fast where a logit is -inf."""
     return torch.exp2(x * _LOG2_E)
-
-
-def biases(bias: Tensor, offsets: Sequence[Tensor]) -> Tensor:
-    """`(heads, 2 kernel - 1, ..)` -> `(a1, a2, .., heads, T1 T2 .., T'1 T'2 ..)`."""
-    axes = len(offsets)
-    for axis, offset in enumerate(offsets):
-        bias = bias.index_select(1 + axis, offset.flatten())
-    for axis in reversed(range(axes)):
-        bias = bias.unflatten(1 + axis, offsets[axis].shape)
-    tiles, queries, keys = (range(first, 1 + 3 * axes, 3) for first in (1, 2, 3))
-    return bias.permute(*tiles, 0, *queries, *keys).flatten(1 + 2 * axes).flatten(1 + axes, 2 * axes)
 
 
 def _add_biases(total: Tensor, values: Tensor, steps: Sequence[Step]) -> None:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from regard.layouts.neighborhoods import offset_biases, restore
 from regard.layouts.tiles import Axis, TileWalk, tile_walk
-from regard.systems.hardware._fused import biases, boxes
+from regard.systems.hardware._fused import boxes
 
 
 def query_key(q: Tensor, k: Tensor, axes: Sequence[Axis], tile: Sequence[int], bias: Tensor | None = None) -> Tensor:
@@ -38,7 +39,7 @@ def query_key(q: Tensor, k: Tensor, axes: Sequence[Axis], tile: Sequence[int], b
             walk.start[..., None] + torch.arange(axis.kernel, device=q.device) - walk.rank[..., None] + axis.kernel - 1
             for walk, axis in zip(walks, axes, strict=True)
         ]
-        products = products + _apart(biases(bias, offsets)[None], walks, [axis.kernel for axis in axes])
+        products = products + _apart(offset_biases(bias, offsets)[None], walks, [axis.kernel for axis in axes])
     logits = products.masked_fill(hidden, -torch.inf).flatten(2 + 2 * count)
     return restore(logits.flatten(2 + count, 1 + 2 * count), walks)
 
@@ -57,21 +58,6 @@ def weights_value(weights: Tensor, v: Tensor, axes: Sequence[Axis], tile: Sequen
         spread = spread.new_zeros(shape).scatter(dim, index, spread)
     spread = spread.flatten(2 + 2 * count).flatten(2 + count, 1 + 2 * count)
     return restore(spread @ boxes(v[..., None, :, :], _halos(walks)), walks)
-
-
-def restore(x: Tensor, walks: Sequence[TileWalk]) -> Tensor:
-    """Tiles of queries `(B, n1, n2, .., heads, T1 T2 .., d)` back on their grid: `(B, *S, heads, d)`."""
-    axes = len(walks)
-    x = x.unflatten(2 + axes, [walk.queries.shape[1] for walk in walks])
-    order = [0]
-    for axis in range(axes):
-        order += [1 + axis, 2 + axes + axis]
-    x = x.permute(*order, 1 + axes, 2 + 2 * axes)
-    for axis in range(axes):
-        x = x.flatten(1 + axis, 2 + axis)
-    for axis, walk in enumerate(walks):
-        x = x.index_select(1 + axis, walk.place)
-    return x
 
 
 def _walks(axes: Sequence[Axis], tile: Sequence[int], device: torch.device) -> list[TileWalk]:

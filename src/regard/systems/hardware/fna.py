@@ -16,13 +16,14 @@ from torch import Tensor
 
 from regard import checks, ops
 from regard.flops import counted
+from regard.layouts.neighborhoods import restore
 from regard.layouts.tiles import Axis, TileShapes, best_tiles, fitted, tile_walk
 from regard.ops.neighborhood import neighborhood_arguments, neighborhood_macs
 from regard.registry import System, Variant, register_mixer, register_system
 from regard.systems.backbones.dinat import SYSTEM as DINAT
 from regard.systems.backbones.dinat import DiNAT, NeighborhoodAttention
 from regard.systems.hardware._fused import Problem, attend, boxes
-from regard.systems.hardware._unfused import query_key, restore, weights_value
+from regard.systems.hardware._unfused import query_key, weights_value
 
 Pattern = int | Sequence[int]
 Result = Tensor | tuple[Tensor, Tensor]
