@@ -36,7 +36,8 @@ def kronecker_attention(
       p_{ijk} = \mathrm{softmax}_{jk}\Big(\mathrm{scale} \sum_c q_{ic}\, k^1_{jc}\, k^2_{kc}\Big)$$
 
     Ordinary attention inside attention: for each j, the query q_i * k1_j reads K2 and V2; a softmax of the logarithms of
-    those denominators reads V1 times what came out. N^t head_dim products, of which no N^t weights need be kept.
+    those denominators reads V1 times what came out. N^t head_dim products, of which no N^t weights need be kept (but
+    a causal mask is written out, one byte for each).
 
     Args:
         q: `(B, *S, heads, head_dim)`.
@@ -113,9 +114,9 @@ def kronecker_attention_low_rank(
 
     $$\tilde A (V_1 \oslash V_2) = U_Q \big[(U_{K_1}^\top V_1) \odot (U_{K_2}^\top V_2)\big],$$
 
-    in N r d products. The relative error is about $s^{g+1}/(g+1)!$ for scores up to s, so entries have to be small: at most
-    B with B^t s-fold below the degree. Polynomials of even degree are positive everywhere, those of odd degree are not.
-    The causal form replaces the sums over tokens by running sums. (The construction is this library's reading of the
+    in N r d products. The relative error is about $s^{g+1}/(g+1)!$ for scores up to s. At the default scale entries up to B
+    give scores up to B^t, so they have to be small. Polynomials of even degree are positive everywhere, those of odd degree
+    are not. The causal form replaces the sums over tokens by running sums. (The construction is this library's reading of the
     polynomial method that the abstract names.)
 
     Args and returns: as in `kronecker_attention`.
