@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export]' --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[export,language]' --group dev
 	touch $(READY)
 
 clean:

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
 import pytest
 import torch
 
@@ -39,6 +47,84 @@ def test_interrupted_runs_continue_exactly(tmp_path, task):
     for ours, theirs in zip(again.parameters(), straight.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert result.metrics == expected.metrics
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_wait_for_the_end_of_the_step(tmp_path, task, number):
+    """A model with dropout sends itself the signal while it computes: the step is finished and kept."""
+
+    class Signalling(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.drop, self.calls, self.at = small(), torch.nn.Dropout(0.5), 0, None
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == self.at:
+                os.kill(os.getpid(), number)
+            return self.drop(self.inner(x))
+
+    config = TrainConfig(steps=5, batch_size=8)
+    expected = train(Signalling(), task, config, cpu=True)
+    interrupted = Signalling()
+    interrupted.at = 3
+    with pytest.raises(KeyboardInterrupt):
+        train(interrupted, task, config, out=tmp_path, cpu=True)
+    assert [folder.name for folder in (tmp_path / "checkpoint").iterdir()] == ["step-00000003"]
+    assert train(Signalling(), task, config, out=tmp_path, cpu=True).losses == expected.losses
+
+
+def _train_a_language_model(out, processes, kill=False):
+    """`regard train` on its command line and a small text; with `kill`, its processes are killed after a checkpoint."""
+    text = out.parent / "text.txt"
+    text.write_text("".join(f"{number} times {number} is {number * number}. " for number in range(700)))
+    train_it = ["-m", "regard", "train", "gam", "--preset", "smoke", "--steps", "40", "--save-every", "3"]
+    train_it += ["--data", str(text)]
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.Popen(
+        [sys.executable, *launch, *train_it, "--out", str(out)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    if kill:
+        while run.poll() is None and not any((out / "checkpoint").glob("step-*")):
+            time.sleep(0.01)
+        for process in [*psutil.Process(run.pid).children(recursive=True), run]:
+            process.kill()
+        run.communicate()
+        assert run.returncode != 0, "it was killed before it had finished"
+        assert not (out / "result.json").exists()
+        return None
+    _, errors = run.communicate(timeout=300)
+    assert run.returncode == 0, errors.decode()
+    return json.loads((out / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """What one process and two make of the same recipe."""
+    return {n: _train_a_language_model(tmp_path_factory.mktemp("whole") / "out", n) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_language_models_go_on_without_a_change_in_the_loss_curve(tmp_path, uninterrupted, processes):
+    _train_a_language_model(tmp_path / "out", processes, kill=True)
+    resumed, whole = _train_a_language_model(tmp_path / "out", processes), uninterrupted[processes]
+    assert len(whole["losses"]) == 40
+    assert resumed["losses"] == whole["losses"]
+    assert resumed["metrics"] == whole["metrics"]
+
+
+def test_two_processes_compute_what_one_does(uninterrupted):
+    one, two = uninterrupted[1], uninterrupted[2]
+    torch.testing.assert_close(torch.tensor(two["losses"]), torch.tensor(one["losses"]), rtol=1e-4, atol=1e-4)
+    assert two["metrics"].keys() == one["metrics"].keys()
+    for name, row in one["metrics"].items():
+        assert two["metrics"][name]["model"] == pytest.approx(row["model"], rel=1e-3), name
 
 
 def test_checkpoint_of_another_recipe_is_refused(tmp_path, task):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -446,19 +446,25 @@ def train(
     data: Annotated[str | None, typer.Option(help="Your own folder or file in place of the task's data.")] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps instead of the preset's.")] = None,
     seed: Annotated[int, typer.Option(help="Of weights, batch order and dropout.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Keeps checkpoints; start again with it to go on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Keeps checkpoints, model and result.json; start again with it to go on.")
+    ] = None,
+    save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; the recipe's, or 100.")] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Train a system on its own task or on your data, here or under torchrun."""
+    """Train a system on its own task or on your data; in several processes with torchrun -m regard train ..."""
     import torch
 
     from regard.checks import one_of
     from regard.proofs import get_proofs
     from regard.registry import get_system
     from regard.tasks import own_data
+    from regard.training import is_main_process
     from regard.training import train as run
+    from regard.workbench.store import write_json
 
     one_of("preset", preset, ("smoke", "small", "paper"))
+    console.quiet = notes.quiet = not is_main_process()
     get_system(slug)
     proofs = get_proofs(slug)
     if proofs is None:
@@ -467,7 +473,7 @@ def train(
     build = proofs.recipe_for(task)
     with own_data(data):
         recipe = build(cast(Any, preset))
-    config = replace(recipe.config, seed=seed, save_every=recipe.config.save_every or 100)
+    config = replace(recipe.config, seed=seed, save_every=save_every or recipe.config.save_every or 100)
     if steps is not None:
         config = replace(config, steps=steps)
     bar = _Bar()
@@ -481,12 +487,17 @@ def train(
         kept = f" The same command with --out {out} goes on there." if out else " Nothing is kept without --out."
         notes.print(f"Stopped.{kept}")
         raise typer.Exit(130) from None
-    if out is not None and hasattr(recipe.model, "save_pretrained"):
-        recipe.model.save_pretrained(out / "model")  # type: ignore[operator]
-    trivial = recipe.task.trivial()
+    trivial = recipe.task.trivial()  # by every process: metrics add up over all of them
+    if not is_main_process():
+        return
     rows = {name: {"model": value, "trivial": trivial.get(name)} for name, value in result.metrics.items()}
+    summary = {"metrics": rows, "steps": result.steps, "seconds": result.seconds}
+    if out is not None:
+        write_json(out / "result.json", {"system": slug, "recipe": asdict(config)} | summary | {"losses": result.losses})
+        if hasattr(recipe.model, "save_pretrained"):
+            recipe.model.save_pretrained(out / "model")  # type: ignore[operator]
     if as_json:
-        _print_json({"metrics": rows, "steps": result.steps, "seconds": result.seconds})
+        _print_json(summary)
         return
     table = Table(title=f"{slug} on {recipe.task.name} after {result.steps} steps", title_justify="left")
     for column in ("metric", "model", recipe.task.trivial_answer):
