@@ -8,6 +8,7 @@ from regard.layers.conv_norm import LEVIT_NAMES, ConvNorm, RepConv, Residual, fl
 from regard.layers.cross_shaped import CrossShaped, LePEAttention
 from regard.layers.drop import DropPath, LayerScale, linear_rates
 from regard.layers.init import fan_out_init, kernel_init, vit_init
+from regard.layers.mamba import Mamba, MambaBlock, MambaState
 from regard.layers.mbconv import MBConv
 from regard.layers.mixer import Cost, Mixer, heads_of
 from regard.layers.mlp import ConvMlp, GatedMlp, Mlp
@@ -57,6 +58,9 @@ __all__ = [
     "LePEAttention",
     "LinearAttention",
     "MBConv",
+    "Mamba",
+    "MambaBlock",
+    "MambaState",
     "Mixer",
     "Mlp",
     "OffsetTable",
