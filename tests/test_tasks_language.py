@@ -126,3 +126,19 @@ def test_text_that_is_not_utf8_needs_bytes(tmp_path):
     with pytest.raises(ValueError, match=r"not UTF-8 text .* at byte 3.*unit='byte'"):
         create_task("text", data=path, length=8, unit="character")
     assert create_task("text", data=path, length=8).vocab_size == 256
+
+
+def test_byte_pairs_come_back_and_say_how_many_bytes_they_are(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = tmp_path / "own.txt"
+    path.write_text("".join(f"Der {n}. Apfel kostet {n * n} €. " for n in range(400)), encoding="utf-8")
+    task = create_task("text", data=path, unit="byte_pair", vocab_size=270, length=32)
+    assert task.vocab_size == 270
+    tokens = torch.cat([task.train_tokens, task.eval_set.tokens])
+    assert task.tokenizer.decode(tokens.tolist()) == path.read_text(encoding="utf-8")
+    assert task.bytes_of[tokens].sum() == path.stat().st_size
+    assert len(tokens) < 0.7 * path.stat().st_size, "pairs are longer than bytes"
+    trivial = task.trivial()
+    assert trivial["bits_per_byte"] < create_task("text", data=path, length=32).trivial()["bits_per_byte"]
+    with pytest.raises(ValueError, match="at least 256"):
+        create_task("text", data=path, unit="byte_pair", vocab_size=100, length=32)

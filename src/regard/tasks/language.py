@@ -1,4 +1,4 @@
-"""Language modelling on plain text, byte by byte or character by character."""
+"""Language modelling on plain text: by bytes, by characters or by byte pairs."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from regard.checks import one_of
 from regard.tasks.base import Task, whole
 from regard.tasks.measures import measure
 from regard.tasks.sources import corpus_name, python_documentation
+from regard.tasks.tokenizers import BytePairs
 
 EVAL_SHARE = 0.1
 
@@ -37,7 +38,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
 
 class Text(Task):
-    """Which byte (or character) comes next?
+    """Which byte (or character, or byte pair) comes next?
 
     Training windows begin anywhere in the first nine tenths of the text. The rest is for evaluation, in windows that
     follow one another, so that each of its tokens is predicted once, from at most `length` before it.
@@ -46,7 +47,8 @@ class Text(Task):
     UTF-8: it can be compared between vocabularies, as perplexity (for a token) and accuracy cannot.
 
     Args:
-        unit: "byte" (256 tokens) or "character" (one token for each that occurs in the text).
+        unit: "byte" (256 tokens), "character" (one token for each that occurs in the text) or "byte_pair" (`vocab_size` tokens
+            of a tokenizer that is trained on the training text; needs the package tokenizers).
         length: tokens of context.
         data: a text file of your own; by default the documentation that Python carries in `pydoc_data`, which differs a
             little between versions of Python.
@@ -57,13 +59,26 @@ class Text(Task):
     metric = "bits_per_byte"
     higher_is_better = False
 
-    def __init__(self, length: int = 256, unit: str = "byte", data: str | Path | None = None, seed: int = 0) -> None:
-        self.length, self.unit = whole("length", length), one_of("unit", unit, ("byte", "character"))
+    def __init__(
+        self,
+        length: int = 256,
+        unit: str = "byte",
+        data: str | Path | None = None,
+        seed: int = 0,
+        vocab_size: int = 1024,
+    ) -> None:
+        self.length, self.unit = whole("length", length), one_of("unit", unit, ("byte", "character", "byte_pair"))
         self.corpus = corpus_name() if data is None else Path(data).name
         text = python_documentation() if data is None else _own_text(data)
         if unit == "byte":
             tokens, self.vocab_size = torch.frombuffer(bytearray(text), dtype=torch.uint8), 256
             self.bytes_of = torch.ones(256)
+        elif unit == "byte_pair":
+            characters = _decoded(text, data)
+            held_back = int(len(characters) * (1 - EVAL_SHARE))  # about where the evaluation text begins
+            pairs = self.tokenizer = BytePairs([characters[:held_back]], whole("vocab_size", vocab_size))
+            tokens, self.vocab_size = torch.tensor(pairs.encode(characters), dtype=torch.int32), pairs.vocab_size
+            self.bytes_of = torch.tensor(pairs.byte_lengths(), dtype=torch.float32)
         else:
             characters = _decoded(text, data)
             alphabet = sorted(set(characters))
@@ -82,13 +97,16 @@ class Text(Task):
 
     @property
     def description(self) -> str:
-        return (
-            f"The next {self.unit} in {self.corpus} ({len(self.train_tokens):,} to train), from the last {self.length}."
-        )
+        size = f"{len(self.train_tokens):,} to train"
+        return f"The next {self._unit_name} in {self.corpus} ({size}), from the last {self.length}."
 
     @property
     def trivial_answer(self) -> str:
-        return f"each {self.unit} as probable as it is frequent"
+        return f"each {self._unit_name} as probable as it is frequent"
+
+    @property
+    def _unit_name(self) -> str:
+        return self.unit.replace("_", " ")
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         logits = model(batch["tokens"][:, :-1])
