@@ -159,6 +159,7 @@ def test_findings_say_when_seeds_overlap():
     close = findings({"task": task, "rows": [row("a", [0.5, 0.9]), row("b", [0.6, 0.7])]})
     assert "every seed of it ahead" in apart[0]
     assert "overlap" in close[0]
+    assert "one seed each" in findings({"task": task, "rows": [row("a", [0.9]), row("b", [0.5])]})[0]
     chance = findings({"task": task, "rows": [row("a", [0.8, 0.9]), row("b", [0.1, 0.1])]})
     assert chance[1] == "No better than the most frequent class: b."
 

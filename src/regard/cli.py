@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -87,8 +88,19 @@ def compare(
         str | None,
         typer.Option(help="Names separated by commas, or all; your own as module:Class or file.py:Class."),
     ] = None,
-    task: Annotated[str, typer.Option(help="scenes, digits, imagefolder, text or moving_digits.")] = "scenes",
-    data: Annotated[str | None, typer.Option(help="Your own folder of images, text file or folder of videos.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="scenes (the default), digits, imagefolder; moving_digits; text, masked_text, denoising; forecast, "
+            "completion, translation (these three compare cross attention)."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Your own folder of images, text file, CSV of a series or folder of videos.")
+    ] = None,
+    benchmark: Annotated[
+        str | None, typer.Option(help="cab: self and cross attention, causal and not, each on its own tasks.")
+    ] = None,
     shapes: Annotated[str | None, typer.Option(help="Grids to time each mixer on, like 16x16,32x32.")] = None,
     budget: Annotated[int, typer.Option(help="Training steps for every mixer and seed.")] = 400,
     seeds: Annotated[int, typer.Option(help="Trainings of each mixer.")] = 2,
@@ -98,27 +110,60 @@ def compare(
     as_json: JsonFlag = False,
 ) -> None:
     """Which attention should I use? Train one small model with each mixer, measure speed and memory, write a report."""
+    chosen, options = _names(mixers), {"shapes": _shapes(shapes), "budget": budget, "seeds": seeds}
+    if benchmark is not None:
+        _compare_cab(benchmark, chosen, {"--task": task, "--data": data}, options, out, as_json)
+        return
     from regard.workbench.compare import compare as run
     from regard.workbench.compare import default_settings
     from regard.workbench.report import problems, table, write_report
 
-    if data is not None and task == "scenes":
-        task = _task_for(Path(data))
-    options = {"data": data, "shapes": _shapes(shapes), "budget": budget, "seeds": seeds}
-    settings = default_settings(task, _names(mixers), **options)
-    bar = _Bar()
-    try:
-        with bar.bar:
-            results = run(settings, out, bar)
-    except KeyboardInterrupt:
-        notes.print(f"Stopped. What is finished is kept: the same command with --out {out} goes on there.")
-        raise typer.Exit(130) from None
+    if task is None:
+        task = "scenes" if data is None else _task_for(Path(data))
+    settings = default_settings(task, chosen, data=data, **options)
+    results = _resumable(partial(run, settings, out), out)
     report = write_report(results, out)
     if as_json:
         _print_json(results)
         return
     console.print(table(results))
-    for line in problems(results):
+    _print_end(problems(results), report, out)
+
+
+def _compare_cab(
+    benchmark: str, mixers: tuple[str, ...], refused: dict[str, Any], options: dict[str, Any], out: Path, as_json: bool
+) -> None:
+    from regard.checks import one_of
+    from regard.workbench.cab import default_benchmark, run
+    from regard.workbench.cab_report import problems, tables, write_report
+
+    one_of("benchmark", benchmark, ("cab",))
+    for option, value in refused.items():
+        if value is not None:
+            raise ValueError(f"--benchmark cab has its own tasks and data; leave {option} out.")
+    results = _resumable(partial(run, default_benchmark(mixers, **options), out), out)
+    report = write_report(results, out)
+    if as_json:
+        _print_json(results)
+        return
+    for table in tables(results):
+        console.print(table)
+    _print_end(problems(results), report, out)
+
+
+def _resumable(run: Callable[[_Bar], dict[str, Any]], out: Path) -> dict[str, Any]:
+    """The results of a run that shows its progress; if it is stopped, how to go on."""
+    bar = _Bar()
+    try:
+        with bar.bar:
+            return run(bar)
+    except KeyboardInterrupt:
+        notes.print(f"Stopped. What is finished is kept: the same command with --out {out} goes on there.")
+        raise typer.Exit(130) from None
+
+
+def _print_end(problems: list[str], report: Path, out: Path) -> None:
+    for line in problems:
         console.print(f"* {line}", style="yellow", markup=False)
     console.print(f"Report: {report}  Data: {out / 'results.json'}", highlight=False)
 
@@ -128,14 +173,14 @@ def _task_for(path: Path) -> str:
     from regard.tasks.sources import has_images
 
     if path.is_file():
-        return "text"
+        return "forecast" if path.suffix.lower() == ".csv" else "text"
     if path.is_dir() and has_images(path):
         return "imagefolder"
     if path.is_dir() and any(path.rglob("*.npy")):
         return "moving_digits"
     raise ValueError(
-        f"data={str(path)!r} is neither a folder of images, a folder of .npy videos nor a text file. Expected for images: one "
-        "subfolder per class."
+        f"data={str(path)!r} is neither a folder of images, a folder of .npy videos nor a text or CSV file. Expected for "
+        "images: one subfolder per class."
         if path.exists()
         else f"data={str(path)!r} does not exist."
     )
@@ -386,28 +431,49 @@ def mixers(
     compile_too: Annotated[
         bool, typer.Option("--compile", help="Also try torch.compile and torch.export, seconds each.")
     ] = False,
+    template: Annotated[
+        bool, typer.Option("--template", help="Which are P(X) = M(X) X H, and what their mixing matrices M are like.")
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Every mixer, and what it can do: tried here and now, not read from a list."""
+    from regard.systems.sequence.million_scale import template_table
     from regard.workbench.matrix import capabilities
 
-    rows = capabilities(compile_too)
+    rows = template_table() if template else capabilities(compile_too)
     if as_json:
         _print_json(rows)
         return
-    columns = list(rows[0])
-    table = Table(title="mixers, as they ran just now", title_justify="left")
-    for column in columns:
-        table.add_column(column)
+    columns = _TEMPLATE_COLUMNS if template else {column: column for column in rows[0]}
+    table = Table(title="mixers, as they ran just now", title_justify="left", caption_justify="left")
+    table.caption = _TEMPLATE_CAPTION if template else None
+    for column, title in columns.items():
+        table.add_column(title, no_wrap=template or column == "mixer", min_width=len(title) if template else None)
     for row in rows:
-        table.add_row(*(_cell(row[column]) for column in columns))
+        table.add_row(*(_cell(row.get(column)) for column in columns))
     console.print(table)
+
+
+_TEMPLATE_COLUMNS = {
+    "mixer": "mixer",
+    "fits": "fits",
+    "data_dependent": "data",
+    "rank": "rank",
+    "density": "dense",
+    "can_causal": "causal",
+    "state": "state",
+    "exponent": "N^",
+}
+_TEMPLATE_CAPTION = (
+    "fits: is P(X) = M(X) X H, on 16 tokens; data: M depends on them; rank, dense: of M, and its share of entries that are "
+    "not 0; state: of a stream; N^: growth of the cost. --json has more."
+)
 
 
 def _cell(value: Any) -> str:
     if isinstance(value, bool):
         return "[green]yes[/]" if value else "-"
-    return str(value)
+    return "" if value is None else str(value)
 
 
 @app.command()
@@ -493,7 +559,9 @@ def train(
     rows = {name: {"model": value, "trivial": trivial.get(name)} for name, value in result.metrics.items()}
     summary = {"metrics": rows, "steps": result.steps, "seconds": result.seconds}
     if out is not None:
-        write_json(out / "result.json", {"system": slug, "recipe": asdict(config)} | summary | {"losses": result.losses})
+        write_json(
+            out / "result.json", {"system": slug, "recipe": asdict(config)} | summary | {"losses": result.losses}
+        )
         if hasattr(recipe.model, "save_pretrained"):
             recipe.model.save_pretrained(out / "model")  # type: ignore[operator]
     if as_json:

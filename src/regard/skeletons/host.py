@@ -23,12 +23,23 @@ MixerClass = Callable[..., nn.Module]
 
 
 def build_in_stack(
-    mixer: str | MixerClass, index: int, input_size: tuple[int, ...], dim: int, num_heads: int, **options: Any
+    mixer: str | MixerClass,
+    index: int,
+    input_size: tuple[int, ...],
+    dim: int,
+    num_heads: int,
+    *,
+    cross: bool = False,
+    **options: Any,
 ) -> nn.Module:
     """Mixer `index` of a stack on grids of `input_size`, from a registered name or a class.
 
+    Args:
+        cross: it will be called with a context. options: the mixer's, like `causal=True`.
+
     Raises:
-        ValueError: for a name that is not known, or a mixer that does not take so many spatial axes.
+        ValueError: for a name that is not known, or a mixer that does not take so many spatial axes, cannot be causal, or
+            takes no context, though it is asked for.
     """
     made_by = mixer_class(mixer) if isinstance(mixer, str) else mixer
     name = mixer if isinstance(mixer, str) else getattr(mixer, "__name__", str(mixer))
@@ -37,6 +48,8 @@ def build_in_stack(
         raise ValueError(f"mixer {name!r} takes {' or '.join(map(str, dims))} spatial axes, not {len(input_size)}.")
     if options.get("causal") and not getattr(made_by, "can_causal", False):
         raise ValueError(f"mixer {name!r} is not causal, so it cannot model sequences from left to right.")
+    if cross and not getattr(made_by, "can_cross", False):
+        raise ValueError(f"mixer {name!r} takes no context, so it cannot be cross attention.")
     in_stack = getattr(made_by, "in_stack", None)
     if in_stack is not None:
         return in_stack(index, input_size, dim, num_heads, **options)

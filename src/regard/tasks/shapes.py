@@ -78,7 +78,7 @@ def _plane(rng: np.random.Generator, count: int) -> np.ndarray:
     return rng.uniform(-1, 1, (count, 3)) * [1, rng.uniform(0.4, 1), 0]
 
 
-_SURFACES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
+SURFACES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "sphere": _sphere,
     "ellipsoid": _ellipsoid,
     "box": _box,
@@ -88,6 +88,7 @@ _SURFACES: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "torus": _torus,
     "plane": _plane,
 }
+"""Draw so many points of a surface, whose proportions are drawn as well."""
 
 
 class ShapesTask(Task):
@@ -134,7 +135,7 @@ class ShapesTask(Task):
         self.data = None if data is None else Path(data)
         self.in_channels = 3
         if self.data is None:
-            self.class_names = list(_SURFACES)
+            self.class_names = list(SURFACES)
             self.labels = {"train": np.arange(train_items) % 8, "eval": np.arange(eval_items) % 8}
             self.train_set = Generated(partial(self._generated, "train"), train_items, seed, TRAIN)
             self.eval_set = Generated(partial(self._generated, "eval"), eval_items, seed, EVAL)
@@ -158,8 +159,8 @@ class ShapesTask(Task):
     def _generated(self, part: str, rng: np.random.Generator, index: int) -> dict[str, Tensor]:
         label = self.labels[part][index]
         count, hidden = rng.integers(self.points // 2, self.points + 1), rng.uniform(0, self.occlusion)
-        points = _SURFACES[self.class_names[label]](rng, int(np.ceil(count / (1 - hidden))))
-        points = _into_unit_ball(points)
+        points = SURFACES[self.class_names[label]](rng, int(np.ceil(count / (1 - hidden))))
+        points = into_unit_ball(points)
         depth = points @ _sphere(rng, 1)[0]
         points = points[np.argsort(depth)[:count]]  # the points behind a plane are hidden
         points = points + self.noise * rng.normal(size=points.shape)
@@ -173,7 +174,7 @@ class ShapesTask(Task):
         return self._item(points, self.labels[part][index])
 
     def _item(self, points: np.ndarray, label: int) -> dict[str, Tensor]:
-        coordinates = _into_unit_ball(points[:, :3])
+        coordinates = into_unit_ball(points[:, :3])
         features = np.concatenate([coordinates, points[:, 3:]], 1)
         return {
             "coordinates": torch.from_numpy(coordinates.astype(np.float32)),
@@ -225,7 +226,8 @@ class ShapesTask(Task):
         )
 
 
-def _into_unit_ball(points: np.ndarray) -> np.ndarray:
+def into_unit_ball(points: np.ndarray) -> np.ndarray:
+    """Points (n, 3), centred at their mean and scaled so that the farthest has distance 1."""
     points = points - points.mean(0)
     return points / max(np.linalg.norm(points, axis=1).max(), 1e-12)
 

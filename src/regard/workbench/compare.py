@@ -25,28 +25,16 @@ from regard import checks
 from regard.flops import count_macs, count_params
 from regard.measure import fit_growth, interleaved_seconds, peak_bytes, spread
 from regard.registry import list_mixers, mixer_class
-from regard.skeletons.host import MixerClass, MixerPyramid, MixerVideo, build_in_stack
+from regard.skeletons.host import build_in_stack
 from regard.tasks import Task, create_task
 from regard.training import TrainConfig, seeded, train
 from regard.workbench import machine
+from regard.workbench.setups import DEFAULT_MIXERS, DEFAULT_SHAPES, SETUPS, Mixer, Setup
 from regard.workbench.store import Store, why, write_json
-
-DEFAULT_MIXERS = {
-    2: ("softmax", "window", "neighborhood", "linear", "agent", "pooling"),
-    1: ("softmax", "linear", "lightning", "neighborhood", "identity"),
-    3: ("softmax", "neighborhood", "window", "linear", "identity"),
-}
-DEFAULT_SHAPES = {
-    2: ((16, 16), (24, 24), (32, 32), (48, 48), (64, 64)),
-    1: ((256,), (512,), (1024,), (2048,), (4096,)),
-    3: ((4, 8, 8), (4, 12, 12), (8, 12, 12), (8, 16, 16)),
-}
-TASKS = {"scenes": 2, "digits": 2, "imagefolder": 2, "text": 1, "moving_digits": 3}
-"""Tasks that can be compared on, and how many spatial axes their mixers see."""
 
 _COST_DIM, _COST_HEADS = 64, 4
 
-Mixers = dict[str, "MixerClass | str"]
+Mixers = dict[str, Mixer]
 """Mixers by the name that the user gave: a registered name, or a class."""
 
 
@@ -56,7 +44,7 @@ class Settings:
 
     Args:
         mixers: registered names, or `module:Class` and `file.py:Class` for a user's own.
-        task: one of `TASKS`; `data` replaces its built-in data by a folder or file.
+        task: one of `SETUPS`; `data` replaces its built-in data by a folder or file.
         shapes: grid sizes at which each mixer alone is timed.
         budget: training steps of every mixer and seed. batch_size, lr: the same for all.
         seeds: how many; seeds 0, 1, ... set weights and batch order.
@@ -73,7 +61,7 @@ class Settings:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        checks.one_of("task", self.task, TASKS)
+        checks.one_of("task", self.task, SETUPS)
         checks.positive("budget", self.budget)
         checks.positive("seeds", self.seeds)
         if not self.mixers:
@@ -90,26 +78,26 @@ class Settings:
     @property
     def axes(self) -> int:
         """Spatial axes of the mixers."""
-        return TASKS[self.task]
+        return self.setup.axes
+
+    @property
+    def setup(self) -> Setup:
+        """How mixers are compared on the task."""
+        return SETUPS[self.task]
 
 
 def default_settings(task: str = "scenes", mixers: Sequence[str] = (), **options: Any) -> Settings:
     """Settings with the task's default mixers and shapes where none are given; mixers ("all",) are all that fit the task."""
-    axes = TASKS[checks.one_of("task", task, TASKS)]
-    shapes = options.pop("shapes", ()) or DEFAULT_SHAPES[axes]
-    chosen = fitting_mixers(task) if tuple(mixers) == ("all",) else tuple(mixers) or DEFAULT_MIXERS[axes]
+    setup = SETUPS[checks.one_of("task", task, SETUPS)]
+    shapes = options.pop("shapes", ()) or DEFAULT_SHAPES[setup.axes]
+    usual = DEFAULT_MIXERS[setup.axes, setup.pattern]
+    chosen = fitting_mixers(task) if tuple(mixers) == ("all",) else tuple(mixers) or usual
     return Settings(mixers=chosen, task=task, shapes=tuple(shapes), **options)
 
 
 def fitting_mixers(task: str) -> tuple[str, ...]:
-    """Every registered mixer that takes grids with the task's number of axes; for text, those that can be causal."""
-    axes = TASKS[task]
-    classes = {name: mixer_class(name) for name in list_mixers()}
-    return tuple(
-        name
-        for name, kind in classes.items()
-        if axes in getattr(kind, "dims", ()) and (axes > 1 or getattr(kind, "can_causal", False))
-    )
+    """Every registered mixer that takes grids with the task's number of axes, and the task's place of attention."""
+    return tuple(name for name in list_mixers() if SETUPS[task].fits(mixer_class(name)))
 
 
 class Progress(Protocol):
@@ -133,7 +121,7 @@ class Silent:
         pass
 
 
-def find_mixer(name: str) -> MixerClass | str:
+def find_mixer(name: str) -> Mixer:
     """A registered mixer's name as it is, or the class behind `module:Class` or `path/to/file.py:Class`.
 
     Raises:
@@ -173,30 +161,21 @@ def build_task(settings: Settings) -> Task:
     return create_task(settings.task, **options)
 
 
-def build_model(settings: Settings, task: Any, mixer: MixerClass | str) -> nn.Module:
+def build_model(settings: Settings, task: Any, mixer: Mixer) -> nn.Module:
     """The host of the task's kind with this mixer; everything else is equal for all mixers."""
-    if settings.axes == 2:
-        channels, height, width = task.sample_shape
-        patch = max(4, height // 16)
-        return MixerPyramid(
-            mixer, input_size=(height, width), patch_size=patch, num_classes=task.num_classes, in_chans=channels
-        )
-    if settings.axes == 1:
-        from regard.skeletons.decoder_lm import host_lm
-
-        return host_lm(mixer, task.vocab_size, dim=96, depth=2, num_heads=4, length=task.length)
-    sample = task.train_set[0]["past"]
-    return MixerVideo(mixer, frames=sample.shape[0], size=sample.shape[-1], channels=sample.shape[1])
+    return settings.setup.build(task, mixer)
 
 
 def _train_one(
-    settings: Settings, task: Task, name: str, mixer: MixerClass | str, seed: int, progress: Progress
+    settings: Settings, task: Task, name: str, mixer: Mixer, seed: int, progress: Progress
 ) -> dict[str, Any]:
     progress.start(f"train {name}, seed {seed}", settings.budget)
     model = seeded(lambda: build_model(settings, task, mixer), seed)
+    _check_future(settings, task, model)
     config = TrainConfig(steps=settings.budget, batch_size=settings.batch_size, lr=settings.lr, seed=seed)
     result = train(model, task, config, on_step=lambda step, loss: progress.step(step, f"loss {loss:.3f}"))
     progress.finish(f"{task.metric} {result.metrics[task.metric]:.4g}")
+    _check_future(settings, task, model)  # again: some look ahead only after they have learned to
     every = max(1, settings.budget // 50)
     return {
         "metrics": result.metrics,
@@ -206,6 +185,25 @@ def _train_one(
         "params": count_params(model),
         "reads": _reads(settings, task, model) if seed == 0 else None,
     }
+
+
+def _batch_of_one(settings: Settings, task: Task) -> tuple[Tensor | None, ...]:
+    """What a model is called with for the first evaluation item."""
+    return tuple(None if part is None else part[None] for part in settings.setup.inputs(task.eval_set[0]))
+
+
+@torch.no_grad()
+def _check_future(settings: Settings, task: Task, model: nn.Module) -> None:
+    """A score of a model that has seen the answers says nothing: change the later half of what it reads left to right."""
+    if not settings.setup.pattern.startswith("causal"):
+        return
+    *given, tokens = cast(tuple[Any, ...], _batch_of_one(settings, task))
+    half = tokens.shape[1] // 2
+    other = tokens.clone()
+    other[:, half:] = tokens[:, :1]
+    model.eval()
+    if not torch.allclose(model(*given, tokens)[:, :half], model(*given, other)[:, :half], rtol=1e-3, atol=1e-3):
+        raise ValueError("its outputs depend on later tokens, which are what it has to predict.")
 
 
 def _reads(settings: Settings, task: Task, model: nn.Module) -> dict[str, Any] | None:
@@ -237,18 +235,22 @@ def _rounded(x: Tensor) -> list[Any]:
 
 
 def _timed(
-    what: str, mixers: Mixers, build: Callable[[MixerClass | str], nn.Module], x: Tensor, progress: Progress
+    what: str,
+    mixers: Mixers,
+    build: Callable[[Mixer], nn.Module],
+    inputs: tuple[Tensor | None, ...],
+    progress: Progress,
 ) -> dict[str, Any]:
-    """Forward latency, peak memory and multiply-adds of what `build` makes of each mixer, timed in turns on `x`."""
+    """Forward latency, peak memory and multiply-adds of what `build` makes of each mixer, timed in turns on `inputs`."""
     progress.start(what, len(mixers))
     rows: dict[str, Any] = {}
     runs: dict[str, Callable[[], Any]] = {}
     for index, (name, mixer) in enumerate(mixers.items()):
         try:
             module = build(mixer).eval()
-            run = torch.no_grad()(partial(module, x))
+            run = torch.no_grad()(partial(module, *inputs))
             run()
-            rows[name] = {"peak_bytes": peak_bytes(run), "macs": _macs(module, x)}
+            rows[name] = {"peak_bytes": peak_bytes(run), "macs": _macs(module, inputs)}
             runs[name] = run
         except Exception as error:  # a mixer that cannot run this must not end the comparison
             rows[name] = {"error": why(error)}
@@ -259,42 +261,45 @@ def _timed(
     return {"rows": rows}
 
 
-def _macs(module: nn.Module, x: Tensor) -> int | None:
+def _macs(module: nn.Module, inputs: tuple[Any, ...]) -> int | None:
     try:
-        return count_macs(module, x)
+        return count_macs(module, *inputs)
     except Exception:  # the count is an extra: a user's module may do what the counter cannot follow
         return None
 
 
 def _time_shape(settings: Settings, mixers: Mixers, shape: tuple[int, ...], progress: Progress) -> dict[str, Any]:
-    """Each mixer alone on one grid, dim 64, batch 1."""
-    x = torch.randn(1, *shape, _COST_DIM, generator=torch.Generator().manual_seed(0))
-    causal = {"causal": True} if settings.axes == 1 else {}
+    """Each mixer alone on one grid, dim 64, batch 1; cross attention reads a context of the same size."""
+    x, context = torch.randn(2, 1, *shape, _COST_DIM, generator=torch.Generator().manual_seed(0))
+    inputs = (x, context) if settings.setup.crosses else (x,)
 
-    def build(mixer: MixerClass | str) -> nn.Module:
-        module = build_in_stack(mixer, 0, shape, _COST_DIM, _COST_HEADS, **causal)
+    def build(mixer: Mixer) -> nn.Module:
+        module = build_in_stack(mixer, 0, shape, _COST_DIM, _COST_HEADS, **settings.setup.options)
         with torch.no_grad():
-            given = tuple(module(x).shape)
+            given = tuple(module(*inputs).shape)
         if given != tuple(x.shape):
             raise ValueError(f"forward gives shape {given}, expected {tuple(x.shape)}")
         return module
 
-    return _timed(f"time all mixers at {'x'.join(map(str, shape))}", mixers, build, x, progress)
+    return _timed(f"time all mixers at {'x'.join(map(str, shape))}", mixers, build, inputs, progress)
 
 
 def _time_models(settings: Settings, mixers: Mixers, task: Task, progress: Progress) -> dict[str, Any]:
     """The whole models on one sample of the task."""
-    sample = task.eval_set[0]
-    x = {1: lambda: sample["tokens"][:-1], 2: lambda: sample["image"], 3: lambda: sample["past"]}[settings.axes]()
 
-    def build(mixer: MixerClass | str) -> nn.Module:
+    def build(mixer: Mixer) -> nn.Module:
         return seeded(lambda: build_model(settings, task, mixer), 0)
 
-    return _timed("time whole models", mixers, build, x[None], progress)
+    return _timed("time whole models", mixers, build, _batch_of_one(settings, task), progress)
 
 
-def compare(settings: Settings, out: Path, progress: Progress | None = None) -> dict[str, Any]:
+def compare(
+    settings: Settings, out: Path, progress: Progress | None = None, *, timings: Path | None = None
+) -> dict[str, Any]:
     """Run what is missing, keep it under `out`, and write `out/results.json`.
+
+    Args:
+        timings: where the timing of mixers alone is kept instead, if several tasks share it.
 
     Returns:
         The content of results.json: settings, machine, task, one row for each mixer.
@@ -307,10 +312,13 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
     mixers = {name: find_mixer(name) for name in settings.mixers}
     stamps = {name: _source_stamp(mixer) for name, mixer in mixers.items()}
     store, task = Store(out), build_task(settings)
+    timed_store = store if timings is None else Store(timings)
     about = asdict(settings) | {"machine": machine.facts()}
     rows: dict[str, dict[str, Any]] = {name: {"mixer": name, "runs": [], "sizes": []} for name in settings.mixers}
 
-    def piece(kind: str, asked: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def piece(
+        kind: str, asked: dict[str, Any], make: Callable[[], dict[str, Any]], store: Store = store
+    ) -> dict[str, Any]:
         known = store.get(kind, asked)
         if known is None:
             known = make()
@@ -331,12 +339,15 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
     models = piece("models", base | names, partial(_time_models, settings, mixers, task, progress))
     for shape in settings.shapes:
         asked = names | {"shape": shape, "axes": settings.axes, "threads": torch.get_num_threads()}
-        timed = piece("shape", asked, partial(_time_shape, settings, mixers, shape, progress))
+        if settings.axes == 1 and settings.setup.pattern != "causal self":  # once the only one: older folders go on
+            asked["pattern"] = settings.setup.pattern
+        timed = piece("shape", asked, partial(_time_shape, settings, mixers, shape, progress), timed_store)
         for name in settings.mixers:
             rows[name]["sizes"].append({"shape": list(shape)} | timed["rows"][name])
     for name, row in rows.items():
         row["model"] = models["rows"][name]
         row |= _summary(row, task)
+    trivial = task.trivial()
     results = {
         "settings": asdict(settings),
         "machine": about["machine"],
@@ -345,7 +356,8 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
             "description": task.description,
             "metric": task.metric,
             "higher_is_better": task.higher_is_better,
-            "trivial": task.trivial()[task.metric],
+            "trivial": trivial[task.metric],
+            "trivial_metrics": trivial,
             "trivial_answer": task.trivial_answer,
         },
         "cost_dim": _COST_DIM,
@@ -355,7 +367,7 @@ def compare(settings: Settings, out: Path, progress: Progress | None = None) -> 
     return results
 
 
-def _source_stamp(mixer: MixerClass | str) -> str:
+def _source_stamp(mixer: Mixer) -> str:
     """Changes when the file of a user's own mixer changes, so that its results are made anew."""
     if isinstance(mixer, str):
         return ""

@@ -36,7 +36,8 @@ def _growth(fit: dict[str, float] | None) -> str:
     return "-" if fit is None else f"N^{fit['exponent']:.2f} ± {fit['error']:.2f}"
 
 
-def _mib(count: float | None) -> str:
+def mib(count: float | None) -> str:
+    """Bytes in MiB."""
     return "-" if count is None else f"{count / 2**20:.2f}"
 
 
@@ -63,7 +64,7 @@ def lines(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             f"{row['params']:,}" if row["params"] else "-",
             _seconds(row["model"].get("seconds")),
             _seconds(_largest(row).get("seconds")),
-            _mib(_largest(row).get("peak_bytes")),
+            mib(_largest(row).get("peak_bytes")),
             _growth(row["time_growth"]),
             _growth(row["memory_growth"]),
             "; ".join(row["errors"]),
@@ -100,7 +101,7 @@ def table(results: dict[str, Any]) -> Table:
             f"{row['params'] / 1e3:.0f} k" if row["params"] else "-",
             f"{1e3 * whole['median']:.3g}" if whole else "-",
             f"{1e3 * timed['median']:.3g}" if timed else "-",
-            _mib(largest.get("peak_bytes")),
+            mib(largest.get("peak_bytes")),
             *(f"N^{fit['exponent']:.2f}" if fit else "-" for fit in (row["time_growth"], row["memory_growth"])),
         )
     return shown
@@ -125,29 +126,42 @@ def _ranked(results: dict[str, Any]) -> list[dict[str, Any]]:
 def write_report(results: dict[str, Any], out: Path) -> Path:
     """Write `out/report.html`: one file, no network, readable in light and dark; and its words and table as `report.md`."""
     (out / "report.md").write_text(_markdown(results), encoding="utf-8")
-    environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     task = results["task"]
     rows = [row | {"mixer": label(row["mixer"])} for row in results["rows"]]
     header, body = lines(results)
     command = _command(results["settings"])
-    page = environment.get_template("report.html.j2").render(
-        task=task,
-        header=header,
-        body=body,
-        settings=results["settings"],
-        machine=results["machine"],
-        cost_dim=results["cost_dim"],
-        command=command,
-        score_plot=plots.score_against_latency(rows, task["metric"], task["trivial"]),
-        time_plot=plots.growth(rows, "seconds", "latency of the mixer alone, ms", 1e3),
-        memory_plot=plots.growth(rows, "peak_bytes", "peak memory of the mixer alone, MiB", 2**-20),
-        loss_plot=plots.losses(rows),
-        reads_plot=plots.reads(rows),
-        findings=findings(results),
+    page = (
+        environment()
+        .get_template("report.html.j2")
+        .render(
+            task=task,
+            header=header,
+            body=body,
+            settings=results["settings"],
+            machine=results["machine"],
+            cost_dim=results["cost_dim"],
+            command=command,
+            score_plot=plots.score_against_latency(rows, task["metric"], task["trivial"]),
+            time_plot=plots.growth(rows, "seconds", "latency of the mixer alone, ms", 1e3),
+            memory_plot=plots.growth(rows, "peak_bytes", "peak memory of the mixer alone, MiB", 2**-20),
+            loss_plot=plots.losses(rows),
+            reads_plot=plots.reads(rows),
+            findings=findings(results),
+        )
     )
     path = out / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def environment() -> Environment:
+    """Where the pages' templates are."""
+    return Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
+
+
+def markdown_table(header: list[str], body: list[list[str]]) -> str:
+    """A table whose first column is names and whose others are numbers."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] + ["---:"] * (len(header) - 1), *body])
 
 
 def _markdown(results: dict[str, Any]) -> str:
@@ -159,7 +173,7 @@ def _markdown(results: dict[str, Any]) -> str:
         f"{results['settings']['budget']} steps each. {facts['processor']}, {facts['threads']} threads.",
         f"`{_command(results['settings'])}`",
         "\n".join(f"- {finding}" for finding in findings(results)),
-        "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] + ["---:"] * (len(header) - 1), *body]),
+        markdown_table(header, body),
     ]
     return "\n\n".join(told) + "\n"
 
@@ -184,14 +198,15 @@ def findings(results: dict[str, Any]) -> list[str]:
         ranked = sorted(rows, key=lambda row: -sign * row["score"]["median"])
         best, second = ranked[0], ranked[1]
         apart = min(sign * s for s in best["scores"]) > max(sign * s for s in second["scores"])
-        said.append(
-            f"Best {task['metric'].replace('_', ' ')}: {label(best['mixer'])} ({best['score']['median']:.3g}), "
-            + (
-                f"every seed of it ahead of every seed of {label(second['mixer'])} ({second['score']['median']:.3g})."
-                if apart
-                else f"but the seeds of {label(second['mixer'])} ({second['score']['median']:.3g}) overlap with it."
-            )
-        )
+        behind = f"{label(second['mixer'])} ({second['score']['median']:.3g})"
+        if len(best["scores"]) == 1:
+            how = f"then {behind}; one seed each, which says nothing about differences between seeds."
+        elif apart:
+            how = f"every seed of it ahead of every seed of {behind}."
+        else:
+            how = f"but the seeds of {behind} overlap with it."
+        name = task["metric"].replace("_", " ")
+        said.append(f"Best {name}: {label(best['mixer'])} ({best['score']['median']:.3g}), {how}")
         low = [label(row["mixer"]) for row in rows if sign * row["score"]["median"] <= sign * task["trivial"]]
         if low:
             said.append(f"No better than {task['trivial_answer']}: {', '.join(low)}.")
