@@ -28,7 +28,8 @@ def smallest_image_models() -> list[str]:
     for name in list_models():
         system, variant = find_variant(name)
         made_by = getattr(variant.build, "func", variant.build)
-        if issubclass(made_by, ImageModel):  # others take an image too, to restore it or to find things in it
+        # Others take an image too, to restore it or to find things in it.
+        if isinstance(made_by, type) and issubclass(made_by, ImageModel):
             key = (system.slug, made_by)
             chosen[key] = min(chosen.get(key, (inf, name)), (variant.params or inf, name))
     return sorted(name for _, name in chosen.values())

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from regard.checkpoint import load_authors_weights
 from regard.systems.backbones._transnext import TransNeXt
-from regard.systems.backbones.moh import MoHAttention, MoHDiT, MoHLlama, MoHTransNeXt
+from regard.systems.backbones.moh import MoHAttention, MoHDiT, MoHLlama, MoHTransNeXt, to_moh
 
 LLAMA = {"vocab_size": 23, "dim": 32, "depth": 2, "num_heads": 8, "kv_heads": 4, "glu_dim": 40}
 
@@ -92,3 +95,88 @@ def test_one_head_is_attention():
     assert MoHAttention(8, 1)(torch.randn(1, 3, 8)).shape == (1, 3, 8)
     with pytest.raises(ValueError, match="takes no context"):
         MoHAttention(8, 2, causal=True)(torch.randn(1, 3, 8), torch.randn(1, 3, 8))
+
+
+@pytest.fixture
+def llama():
+    """A small LLaMA of transformers with queries that tell its heads apart."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=23,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        intermediate_size=40,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+TOKENS = torch.randint(23, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+def test_models_of_transformers_stay_the_same_with_all_heads(llama):
+    with torch.no_grad():
+        before = llama(TOKENS).logits
+        for shared, routed in ((8, 0), (5, 3)):
+            assert torch.equal(to_moh(llama, shared, routed)(TOKENS).logits, before)
+        assert not torch.allclose(to_moh(llama, 4, 2)(TOKENS).logits, before)
+        assert torch.equal(to_moh(llama, 8, 0)(TOKENS).logits, before), "calling again takes the gates of before away"
+
+
+def test_models_of_transformers_route_as_ours(llama):
+    ours = MoHLlama(**LLAMA, rope_base=10_000.0, norm_eps=1e-6)
+    load_authors_weights(ours, llama.state_dict())
+    moh = to_moh(copy.deepcopy(llama))
+    for mode in (False, True):
+        torch.testing.assert_close(moh.train(mode)(TOKENS).logits, ours.train(mode)(TOKENS), rtol=1e-4, atol=1e-4)
+    layer, block = moh.model.layers[0].self_attn, ours.blocks[0].mixer
+    moh(TOKENS).logits.square().mean().backward()
+    ours(TOKENS).square().mean().backward()
+    torch.testing.assert_close(layer.q_proj.weight.grad, block.q.weight.grad, rtol=1e-3, atol=1e-5)
+    plain = copy.deepcopy(llama).train()
+    plain(TOKENS).logits.square().mean().backward()
+    assert not torch.allclose(plain.model.layers[0].self_attn.q_proj.weight.grad, layer.q_proj.weight.grad)
+
+
+def test_routed_models_of_transformers_are_copied_saved_and_streamed(llama, tmp_path):
+    names = set(llama.state_dict())
+    moh = to_moh(llama, 3, 2)
+    assert set(moh.state_dict()) == names
+    with torch.no_grad():
+        whole = moh(TOKENS).logits
+        twin = copy.deepcopy(moh)
+        assert torch.equal(twin(TOKENS).logits, whole)
+        to_moh(twin, 8, 0)
+        assert torch.equal(moh(TOKENS).logits, whole), "the copy routes by itself"
+        moh.save_pretrained(tmp_path)
+        assert torch.equal(to_moh(type(moh).from_pretrained(tmp_path))(TOKENS).logits, whole)
+        out = moh(TOKENS[:, :5], use_cache=True)
+        steps = [out.logits]
+        for token in TOKENS[:, 5:].unbind(1):
+            out = moh(token[:, None], past_key_values=out.past_key_values, use_cache=True)
+            steps.append(out.logits)
+        torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+def test_what_cannot_be_routed_says_why(llama):
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(ValueError, match="q_proj and o_proj"):
+        to_moh(torch.nn.Linear(4, 4))
+    with pytest.raises(ValueError, match="together at most"):
+        to_moh(llama, 6, 3)
+    small = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 1,
+        "head_dim": 8,
+    }
+    with pytest.raises(ValueError, match="normalises its queries"):
+        to_moh(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(vocab_size=9, intermediate_size=8, **small)))

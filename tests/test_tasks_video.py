@@ -162,3 +162,23 @@ def test_a_wrong_shape_of_answer_is_named():
     assert task.loss(LastFrame(10), batch) > 0
     with pytest.raises(ValueError, match=r"\(1, 9, 1, 32, 32\) where \(1, 10, 1, 32, 32\)"):
         task.loss(LastFrame(9), batch)
+
+
+def test_a_digit_crosses_in_its_direction():
+    """Its middle moves as the label says and passes that of the canvas half way; the digit stays whole."""
+    task = create_task("moving_direction", size=24, frames=5, train_items=40, eval_items=30)
+    ways = [(0, 1), (1, 1), (1, 0), (1, -1), (0, -1), (-1, -1), (-1, 0), (-1, 1)]
+    for clip, label in zip(task.train_set.images[:, :, 0].double(), task.train_set.labels, strict=True):
+        ink = clip.sum((1, 2))
+        assert torch.equal(ink, ink[:1].expand(5))
+        place = torch.arange(24.0).double()
+        middles = torch.stack([clip.sum(2) @ place, clip.sum(1) @ place], 1) / ink[:, None]
+        way = torch.tensor(ways[label], dtype=torch.float64)
+        assert ((middles[1:] - middles[:-1]) * way >= (way != 0) * 1.0).all()
+        assert torch.equal(middles[0] == middles[-1], way == 0)
+        assert ((middles[2] - 11.5).abs() < 5).all()
+    assert len(set(task.train_set.labels.tolist())) == 8
+    assert task.train_set[0]["image"].shape == (5, 1, 24, 24)
+    assert 0 < task.trivial()["accuracy"] < 0.5
+    again = create_task("moving_direction", size=24, frames=5, train_items=5, eval_items=5)
+    assert torch.equal(again.train_set[4]["image"], task.train_set[4]["image"])

@@ -110,6 +110,15 @@ def image(x: Tensor, channels: int) -> None:
         )
 
 
+def clip(x: Tensor, channels: int) -> None:
+    """Check a batch of clips `(batch, frames, channels, height, width)`: what video models take."""
+    if x.dim() != 5 or x.shape[2] != channels:
+        raise ValueError(f"x must be (batch, frames, {channels}, height, width), got {tuple(x.shape)}.")
+    if x.shape[1] == 0:
+        raise ValueError(f"x has no frames: {tuple(x.shape)}.")
+    image(x.flatten(0, 1), channels)
+
+
 def heads_last(q: Tensor, k: Tensor, v: Tensor, *, same_grid: bool = True, ranks: Sequence[int] | None = None) -> None:
     """Check q, k, v as `(batch, *spatial, heads, head_dim)`.
 

@@ -21,7 +21,6 @@ from regard.proofs.experiments import cost_growth, over_variants
 from regard.proofs.recordings import Recorded
 from regard.systems.backbones.dinat import BiasedSelfAttention, DiNAT, IsotropicDiNAT, NeighborhoodAttention
 from regard.tasks import create_task
-from regard.tasks.base import unwrapped
 from regard.tasks.images import Classification, DrawnImages, LabelledImages
 from regard.training import TrainConfig, seeded
 
@@ -205,7 +204,7 @@ class NameTheColour(DrawnImages):
         return LabelledImages(np.ascontiguousarray(coded), labels, mean=0.5, std=0.1)
 
     def _logits(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        plain = unwrapped(model)
+        plain = model
         return plain.head(plain.forward_features(batch["image"])).flatten(0, 2)
 
     def loss(self, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 from unittest import mock
 
@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from regard.flops import MacCounter
-from regard.layers import SoftmaxAttention, split_qkv
-from regard.measure import interleaved_seconds
+from regard.layers import SoftmaxAttention
+from regard.proofs import _ia_red2_video as video
+from regard.proofs._ia_red2_dropping import KeepsShare, Rewarded, agree, masks_against_gathering, speed_ups
 from regard.proofs.base import Check, Preset, Proofs, Recipe
 from regard.proofs.experiments import TINY_DEIT, tiny_deit_config
 from regard.proofs.recordings import Recorded
 from regard.skeletons import DeiT
 from regard.systems.backbones.ia_red2 import IARED2, Interpreter
 from regard.tasks.base import EVAL
-from regard.tasks.images import Classification, Digits, DrawnImages, LabelledImages, Scenes
+from regard.tasks.images import Digits, DrawnImages, LabelledImages, Scenes
 from regard.tasks.sources import handwritten_digits
 from regard.training import TrainConfig, evaluate, seeded, train
 
@@ -56,41 +56,14 @@ def _run_model(model: IARED2, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def masks_equal_gathering() -> Check:
     """The masked model against the one that goes on with kept tokens only, and against a DeiT where all are kept."""
-    build = partial(IARED2, dim=24, num_heads=3, groups=(2, 1, 1), patch_size=4, img_size=20, num_classes=5)
+    size: dict[str, Any] = {"dim": 24, "num_heads": 3, "patch_size": 4, "img_size": 20, "num_classes": 5}
+    model = seeded(lambda: IARED2(groups=(2, 1, 1), **size), 0).double().eval()
+    plain = DeiT(mixer=lambda at: SoftmaxAttention(at.dim, at.num_heads), depth=4, **size).double()
     x = torch.randn(4, 3, 20, 28, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    model = seeded(build, 0).double().eval()
-    masked, gathered = model.interpret(x), model.forward_gathered(x)
-    figures: dict[str, Any] = {"gathered_error": (masked.logits - gathered).abs().max().item()}
-    figures["tokens_left"] = [keep.sum(1).int().tolist() for keep in masked.keeps]
-    weight = torch.randn(gathered.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    parameters = [parameter for name, parameter in model.named_parameters() if not name.startswith("interpreters")]
-    gradients = [torch.autograd.grad((out * weight).sum(), parameters) for out in (masked.logits, gathered)]
-    figures["gathered_gradient_error"] = max((a - b).abs().max().item() for a, b in zip(*gradients, strict=True))
-
-    plain = DeiT(
-        mixer=lambda at: SoftmaxAttention(at.dim, at.num_heads),
-        dim=24,
-        num_heads=3,
-        depth=4,
-        patch_size=4,
-        img_size=20,
-        num_classes=5,
-    )
-    state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
-        if not name.startswith("interpreters"):
-            state |= split_qkv(name, value)
-    plain.double().load_state_dict(state)
-    for interpreter in model.interpreters:  # all queries and keys 1, so all scores above 0.5
-        nn.init.zeros_(interpreter.qk.weight)
-        nn.init.ones_(interpreter.qk.bias)
-    figures["all_kept_error"] = max(
-        (out - plain(x)).abs().max().item() for out in (model(x), model.forward_gathered(x), model.stage(0)(x))
-    )
-    errors = [value for name, value in figures.items() if name.endswith("error")]
+    figures = masks_against_gathering(model, plain, x)
     return Check(
         "masked simulation and real dropping give the same logits and gradients; with all tokens kept both are a DeiT",
-        holds=max(errors) < 1e-10 and min(map(min, figures["tokens_left"])) < 36,
+        holds=agree(figures, tokens=36),
         figures=figures,
         setting="random weights, four images of 35 tokens, three groups, float64, limit 1e-10",
     )
@@ -142,21 +115,11 @@ def policy_gradient_is_exact() -> Check:
     )
 
 
-class _Rewarded(Classification):
-    """Mixed into a task: the loss of what learns, as `IARED2.stage` names it."""
-
-    learn = "all"
-
-    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-        reward = model.policy_loss(batch["image"], batch["label"]) if self.learn != "blocks" else 0.0
-        return reward + (super().loss(model, batch) if self.learn != "interpreter" else 0.0)
-
-
-class RewardedDigits(_Rewarded, Digits):
+class RewardedDigits(Rewarded, Digits):
     """Handwritten digits for a model whose interpreters learn by reward."""
 
 
-class RewardedScenes(_Rewarded, Scenes):
+class RewardedScenes(Rewarded, Scenes):
     """Scenes for a model whose interpreters learn by reward."""
 
 
@@ -172,7 +135,7 @@ def recipe(preset: Preset) -> Recipe:
     return Recipe(model, RewardedDigits(size=24, channels=1), tiny_deit_config(preset), note)
 
 
-class GlyphInClutter(_Rewarded, DrawnImages):
+class GlyphInClutter(Rewarded, DrawnImages):
     """A handwritten digit somewhere on noise, with a third of the other tokens full of shuffled ink: which digit is it?
 
     Images are 6 x 6 tokens of 4 pixels, of which the digit covers 3 x 3. Clutter has the pixels of digits and none of their
@@ -341,18 +304,6 @@ def scores_localise(preset: Preset) -> Check:
     )
 
 
-class KeepsShare(Interpreter):
-    """Scores as an interpreter, then keeps a fixed share of one image's tokens, those that score highest."""
-
-    share = 1.0
-
-    def score(self, x: Tensor, queries: Tensor) -> Tensor:
-        """0 or 1 for each of the rows `(T, dim)`, the class token first."""
-        scores = super().score(x, queries)[1:]
-        best = scores.topk(round(self.share * len(scores))).indices
-        return F.pad(torch.zeros_like(scores).index_fill(0, best, 1.0), (1, 0), value=1.0)
-
-
 def _cost(share: float, dim: int = 384, patches: int = 196) -> float:
     """Multiply-adds of DeiT-S, where each of three groups goes on with `share` of its patches, over those of all."""
 
@@ -371,29 +322,8 @@ def time_falls(preset: Preset) -> Check:
     model = seeded(lambda: IARED2(img_size=side), 0).eval()
     model.interpreters = nn.ModuleList(KeepsShare(384) for _ in model.groups)
     x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-    def run(share: float) -> Tensor:
-        for interpreter in model.interpreters:
-            interpreter.share = share
-        return model.forward_gathered(x)
-
-    def macs(function: Callable[[], Any]) -> int:
-        with MacCounter() as counter:
-            function()
-        return counter.macs
-
     published = min((share / 100 for share in range(70, 96)), key=lambda share: abs(_cost(share) - 3.15 / 4.58))
-    dense = copy.deepcopy(model).stage(0)
-    runs: dict[str, Callable[[], Any]] = {"dense": partial(dense, x)}
-    runs |= {str(share): partial(run, share) for share in (1.0, 0.75, 0.5, published)}
-    with torch.no_grad():
-        times = {name: median(taken) for name, taken in interleaved_seconds(runs, rounds=rounds, seconds=3).items()}
-        costs = {name: macs(function) for name, function in runs.items()}
-    falls = times["1.0"] > times["0.75"] > times["0.5"]
-    figures: dict[str, Any] = {}
-    for name in list(runs)[1:]:
-        figures[f"speed_up_keeping_{name}"] = round(times["dense"] / times[name], 3)
-        figures[f"multiply_adds_keeping_{name}"] = round(costs[name] / costs["dense"], 3)
+    falls, figures = speed_ups(model, x, published, rounds)
     return Check(
         "Dropping tokens saves time: at the published cost of DeiT-S it is at least 1.25 times as fast",
         holds=falls and figures[f"speed_up_keeping_{published}"] >= 1.25,
@@ -413,8 +343,15 @@ PROOFS = Proofs(
             run=lambda module, inputs: module(inputs["x"], inputs["prev_policy"]),
         ),
         Recorded("ia_red2.model", build=_model, run=_run_model),
+        Recorded("ia_red2.timesformer", build=video.timesformer, run=video.run_timesformer),
     ),
-    checks=(masks_equal_gathering, policy_gradient_is_exact),
+    checks=(
+        masks_equal_gathering,
+        policy_gradient_is_exact,
+        video.divided_attention_by_loops,
+        video.masks_equal_gathering_on_clips,
+    ),
     recipe=recipe,
-    claims=(learned_dropping_wins, scores_localise, time_falls),
+    recipes={"moving_direction": video.recipe},
+    claims=(learned_dropping_wins, scores_localise, time_falls, video.time_falls_on_clips),
 )

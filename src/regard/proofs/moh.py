@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from regard.flops import count_macs, count_params
 from regard.layers import SoftmaxAttention
+from regard.proofs._moh_language import language, models_of_transformers_become_moh, trained_models_become_moh
 from regard.proofs.base import Check, Preset, Proofs, Recipe
 from regard.proofs.experiments import TINY_DEIT, over_variants, time_ratio, tiny_deit_config
 from regard.proofs.recordings import Recorded, written_settings
@@ -22,7 +22,7 @@ from regard.systems.backbones._head_routing import HeadRouter, QueryNormRouter
 from regard.systems.backbones._transnext import AggregatedAttention, CosineAttention
 from regard.systems.backbones.moh import MoHAttention, MoHDiT, MoHLlama, MoHTransNeXt
 from regard.tasks import create_task
-from regard.training import TrainConfig, evaluate, seeded, train
+from regard.training import TrainConfig, seeded
 
 ROUTERS = (HeadRouter, QueryNormRouter)
 
@@ -258,6 +258,10 @@ ACTIVE = {
     "moh_dit_b_2_75": (108, 144),
     "moh_dit_s_2_90": (64, 72),
     "moh_dit_s_2_75": (54, 72),
+    "moh_llm_s_75": (108, 144),
+    "moh_llm_s_50": (72, 144),
+    "moh_llm_b_75": (288, 384),
+    "moh_llm_b_50": (192, 384),
     "moh_llama3_8b": (768, 1024),
 }
 """Active heads and all heads, summed over the blocks of the authors' models."""
@@ -304,36 +308,6 @@ def recipe(preset: Preset) -> Recipe:
     # A deviation of 0.02 suits hundreds of channels; with 24 the signal would take long to grow.
     model.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Linear) else None)
     return Recipe(model, task, TrainConfig(steps=2 if preset == "smoke" else 400, batch_size=32, lr=2e-3))
-
-
-CONTEXT = 128
-
-
-def _small_llama(task: Any, **options: Any) -> MoHLlama:
-    size = {"dim": 64, "depth": 2, "num_heads": 8, "kv_heads": 4, "glu_dim": 160, "rope_base": 10_000.0}
-    return MoHLlama(vocab_size=task.vocab_size, **{**size, **options})
-
-
-def language(preset: Preset) -> Recipe:
-    """A small MoH-LLaMA with learned routers on characters; "paper" has the width and depth of a 100M model."""
-    task = create_task("text", unit="character", length=512 if preset == "paper" else CONTEXT)
-    options: dict[str, Any] = {"router": "learned", "shared_heads": 4, "routed_heads": 2}
-    if preset == "paper":
-        options |= {
-            "dim": 768,
-            "depth": 12,
-            "num_heads": 12,
-            "kv_heads": 12,
-            "glu_dim": 2048,
-            "shared_heads": 3,
-            "routed_heads": 3,
-        }
-        config = TrainConfig(steps=24_000, batch_size=64, lr=3e-4, weight_decay=0.1, warmup=0.01, betas=(0.9, 0.95))
-        return Recipe(seeded(partial(_small_llama, task, **options), 0), task, config)
-    config = TrainConfig(
-        steps=2 if preset == "smoke" else 250, batch_size=16, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.99)
-    )
-    return Recipe(seeded(partial(_small_llama, task, **options), 0), task, config)
 
 
 def fewer_heads_as_good(preset: Preset) -> Check:
@@ -400,40 +374,6 @@ def skipped_heads_save_time(preset: Preset) -> Check:
     )
 
 
-def trained_models_become_moh(preset: Preset) -> Check:
-    """A trained small LLaMA, its heads then cut to three quarters a token by the router without parameters, trained on."""
-    smoke = preset == "smoke"
-    task = create_task("text", unit="character", length=CONTEXT)
-    config = TrainConfig(steps=2 if smoke else 200, batch_size=8, lr=3e-3, weight_decay=0.1)
-    tune = replace(config, steps=2 if smoke else 80, lr=1e-3)
-    seeds = (0,) if smoke else (0, 1)
-    bits: dict[str, list[float]] = {name: [] for name in ("dense", "dense_trained_on", "moh_converted", "moh_tuned")}
-    for seed in seeds:
-        dense = seeded(partial(_small_llama, task, shared_heads=8, routed_heads=0), seed)
-        moh = _small_llama(task, shared_heads=4, routed_heads=2)
-        bits["dense"].append(train(dense, task, replace(config, seed=seed), cpu=True).metrics["bits_per_byte"])
-        moh.load_state_dict(dense.state_dict())
-        bits["moh_converted"].append(evaluate(moh, task)["bits_per_byte"])
-        for name, model in (("dense_trained_on", dense), ("moh_tuned", moh)):
-            bits[name].append(train(model, task, replace(tune, seed=seed + 100), cpu=True).metrics["bits_per_byte"])
-    mean = {name: statistics.fmean(values) for name, values in bits.items()}
-    return Check(
-        "A trained language model continues as MoH with three quarters of its heads, and recovers what that costs at first",
-        holds=mean["moh_tuned"] <= mean["dense"] and mean["moh_tuned"] <= 1.05 * mean["dense_trained_on"],
-        figures={
-            **{name: [round(value, 4) for value in values] for name, values in bits.items()},
-            "converted_over_dense": round(mean["moh_converted"] / mean["dense"], 4),
-            "tuned_over_dense": round(mean["moh_tuned"] / mean["dense"], 4),
-            "tuned_over_dense_trained_on": round(mean["moh_tuned"] / mean["dense_trained_on"], 4),
-            "trivial_bits_per_byte": round(task.trivial()["bits_per_byte"], 4),
-        },
-        setting=f"characters of {task.corpus}, LLaMA of 2 blocks, dim 64, 8 heads, {config.steps} steps of 8, then "
-        f"{tune.steps} at a third of the rate, dense and as MoH (4 heads shared, 2 of 4 by query norm), seeds {list(seeds)}, "
-        "bits per byte (lower is better); holds if the tuned MoH is not above the dense model it came from, and at most 5 % "
-        "above the same model trained on dense (the paper: more than 95 % recovered, then better)",
-    )
-
-
 PROOFS = Proofs(
     recordings=(
         Recorded("moh.attention", build=_cosine, run=_on_grid, keys=MoHTransNeXt.authors_keys),
@@ -449,5 +389,5 @@ PROOFS = Proofs(
     checks=(a_sum_over_heads, multi_head_attention_within, balance_reaches_the_router, published_shares_of_heads),
     recipe=recipe,
     recipes={"text": language},
-    claims=(fewer_heads_as_good, skipped_heads_save_time, trained_models_become_moh),
+    claims=(fewer_heads_as_good, skipped_heads_save_time, trained_models_become_moh, models_of_transformers_become_moh),
 )

@@ -14,15 +14,18 @@ from regard.skeletons.place import MixerAt, Place, places
 from regard.skeletons.pvt import PVT
 from regard.skeletons.restoration import Reconstruction, ResidualGroup, Restoration, body_conv
 from regard.skeletons.swin import SwinPyramid
+from regard.skeletons.timesformer import Clip, DividedBlock, TimeSformer
 
 __all__ = [
     "PVT",
     "AdaptiveBlock",
     "CSWinPyramid",
+    "Clip",
     "ConvPyramid",
     "DecoderLM",
     "DeiT",
     "DiT",
+    "DividedBlock",
     "Hierarchical",
     "ImageModel",
     "Isotropic",
@@ -35,6 +38,7 @@ __all__ = [
     "ResidualGroup",
     "Restoration",
     "SwinPyramid",
+    "TimeSformer",
     "TokenBlock",
     "body_conv",
     "host_lm",

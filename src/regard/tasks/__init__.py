@@ -21,10 +21,13 @@ _MODULES = {
     "imagefolder": "images",
     "super_resolution": "restoration",
     "moving_digits": "video",
+    "moving_direction": "video",
     "text": "language",
+    "masked_text": "masked",
     "convex_hull": "pointing",
     "tour": "pointing",
     "shapes": "shapes",
+    "completion": "completion",
     "detection": "detection",
     "csl": "graphs",
     "far_label": "graphs",
@@ -34,6 +37,12 @@ _MODULES = {
     "match3": "sequences",
     "copy": "sequences",
     "recall": "sequences",
+    "speech": "speech",
+    "modular_arithmetic": "reasoning",
+    "countdown": "reasoning",
+    "forecast": "series",
+    "denoising": "series",
+    "translation": "translation",
 }
 
 

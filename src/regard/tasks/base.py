@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from torchmetrics import Metric
 
@@ -105,8 +104,3 @@ def fraction(argument: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
         raise ValueError(f"{argument} must be at least 0 and below 1, got {value!r}.")
     return float(value)
-
-
-def unwrapped(model: nn.Module) -> Any:
-    """The model itself where it is wrapped for several processes, so that its own methods can be called."""
-    return model.module if isinstance(model, DistributedDataParallel) else model

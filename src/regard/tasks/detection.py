@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import Metric
 
 from regard.tasks.average_precision import AveragePrecision
-from regard.tasks.base import EVAL, TRAIN, Generated, Task, unwrapped, whole
+from regard.tasks.base import EVAL, TRAIN, Generated, Task, whole
 from regard.tasks.labelled_clouds import LabelledCloud, find_labelled_clouds
 from regard.tasks.lidar import CLASSES, LidarScenes
 from regard.tasks.points import offsets_of, read_cloud
@@ -124,14 +124,14 @@ class DetectionTask(Task):
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """What the detector itself says of its predictions."""
         predictions = model(batch["points"], batch["offsets"])
-        return unwrapped(model).loss(predictions, batch)
+        return model.loss(predictions, batch)
 
     def metrics(self) -> dict[str, Metric]:
         alone = {f"ap_{name}": AveragePrecision([label]) for label, name in enumerate(self.class_names)}
         return {"ap": AveragePrecision(range(self.num_classes)), **alone}
 
     def update(self, metrics: Mapping[str, Metric], model: nn.Module, batch: dict[str, Tensor]) -> None:
-        detections = unwrapped(model).decode(model(batch["points"], batch["offsets"]))
+        detections = model.decode(model(batch["points"], batch["offsets"]))
         if len(detections) != len(batch["counts"]):
             raise ValueError(f"model.decode must return {len(batch['counts'])} scenes, got {len(detections)}.")
         for one, boxes, labels, count in zip(detections, batch["boxes"], batch["labels"], batch["counts"], strict=True):

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torchmetrics import MeanMetric, Metric
 
-from regard.tasks.base import EVAL, SPLIT, TRAIN, Generated, Task, unwrapped, whole, whole_range
+from regard.tasks.base import EVAL, SPLIT, TRAIN, Generated, Task, whole, whole_range
 
 END, PADDING = 0, -1
 
@@ -231,7 +231,7 @@ class PointingTask(Task):
 
     def update(self, metrics: Mapping[str, Metric], model: nn.Module, batch: dict[str, Tensor]) -> None:
         points, lengths = batch["points"], batch["lengths"]
-        symbols = unwrapped(model).decode(points, lengths, max_length=points.shape[1] + 1, **self._decoding())
+        symbols = model.decode(points, lengths, max_length=points.shape[1] + 1, **self._decoding())
         for row, length, target, said in zip(
             points.cpu().numpy(), lengths.tolist(), batch["targets"].tolist(), symbols.tolist(), strict=True
         ):

@@ -1,4 +1,4 @@
-"""Predicting video: handwritten digits that move and bounce, or own arrays of frames."""
+"""Video: what comes next where handwritten digits move and bounce, or in own frames; and which way a digit moves."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from torchmetrics import MeanMetric, Metric
 
 from regard.tasks.base import EVAL, TRAIN, Task, whole
+from regard.tasks.images import Classification, LabelledImages
 from regard.tasks.measures import measure, ssim
 from regard.tasks.sources import existing_folder, handwritten_digits
 
@@ -144,6 +145,58 @@ class LastFrame(nn.Module):
         return past[:, -1:].expand(-1, self.frames_out, -1, -1, -1)
 
 
+class MovingDirection(Classification):
+    """In which of eight directions does the digit cross the canvas?
+
+    It passes the middle half way, give or take a few pixels, so any frame fits two opposite directions: where the digit is
+    does not tell without when. `image` holds a clip `(frames, 1, size, size)`. Evaluation clips show digits that no training
+    clip shows.
+
+    Args:
+        size: pixels of a side. frames: of a clip.
+    """
+
+    name = "moving_direction"
+    num_classes = 8
+
+    def __init__(
+        self, size: int = 32, frames: int = 8, train_items: int = 4096, eval_items: int = 512, seed: int = 0
+    ) -> None:
+        super().__init__(whole("size", size, 16), 1, 0.0)
+        self.frames, self.seed = whole("frames", frames, 2), whole("seed", seed, 0)
+        self.items = {TRAIN: whole("train_items", train_items), EVAL: whole("eval_items", eval_items)}
+
+    @cached_property
+    def train_set(self) -> LabelledImages:  # type: ignore[override]
+        return self._drawn(TRAIN)
+
+    @cached_property
+    def eval_set(self) -> LabelledImages:  # type: ignore[override]
+        return self._drawn(EVAL)
+
+    @property
+    def description(self) -> str:
+        return f"{self.frames} frames of {self.sample_shape[1]} pixels: in which of 8 directions does the digit cross them?"
+
+    def _drawn(self, stream: int) -> LabelledImages:
+        # Clip i is decided by row i of one table of uniform numbers, so it depends on the seed and i alone.
+        table = np.random.default_rng((self.seed, stream)).random((self.items[stream], 4))
+        tiles = _tiles(handwritten_digits(held_out=stream == EVAL)[0], self.sample_shape[1])
+        labels = (8 * table[:, 3]).astype(np.int64)
+        clips = np.zeros((len(table), self.frames, 1, *self.sample_shape[1:]), np.uint8)
+        side, progress = tiles.shape[1], np.linspace(-1, 1, self.frames)
+        for clip, (which, row, column, _), label in zip(clips, table, labels, strict=True):
+            down, right = np.round(np.sin(label * np.pi / 4)), np.round(np.cos(label * np.pi / 4))
+            for frame, done in zip(clip[:, 0], progress, strict=True):
+                # The free way is [0, 1]: the digit goes from 0.15 to 0.85 of it, moved by at most 0.15.
+                top, left = (
+                    int((frame.shape[0] - side) * (0.35 + 0.3 * off + 0.35 * way * done))
+                    for off, way in ((row, down), (column, right))
+                )
+                frame[top : top + side, left : left + side] = tiles[int(which * len(tiles))]
+        return LabelledImages(clips, labels, mean=0.05, std=0.18)
+
+
 def moving(u: np.ndarray, images: np.ndarray, size: int, length: int) -> np.ndarray:
     """Clips of bouncing digits.
 
@@ -154,9 +207,8 @@ def moving(u: np.ndarray, images: np.ndarray, size: int, length: int) -> np.ndar
     Returns:
         (clips, length, size, size) uint8.
     """
-    side = round(size * 28 / 64)
-    larger = F.interpolate(torch.from_numpy(images)[:, None], size=(side, side), mode="bilinear")[:, 0]
-    tiles = (255 * larger).round().byte().numpy()
+    tiles = _tiles(images, size)
+    side = tiles.shape[1]
     frames = np.zeros((len(u), length, size, size), np.uint8)
     clip = np.arange(len(u))[:, None, None]
     for which, row, column, direction in u.transpose(1, 2, 0):
@@ -170,6 +222,13 @@ def moving(u: np.ndarray, images: np.ndarray, size: int, length: int) -> np.ndar
             place = clip, t, top + np.arange(side)[:, None], left + np.arange(side)
             frames[place] = np.maximum(frames[place], tile)
     return frames
+
+
+def _tiles(images: np.ndarray, size: int) -> np.ndarray:
+    """Digits `(N, 8, 8)` in [0, 1] -> `(N, side, side)` uint8, 28/64 of a canvas of `size` pixels."""
+    side = round(size * 28 / 64)
+    larger = F.interpolate(torch.from_numpy(images)[:, None], size=(side, side), mode="bilinear")[:, 0]
+    return (255 * larger).round().byte().numpy()
 
 
 def _own_clips(folder: Path, length: int) -> np.ndarray:

@@ -249,7 +249,7 @@ def evaluate(
     if accelerator is not None:
         rank, world = accelerator.process_index, accelerator.num_processes
         metrics = {name: metric.to(accelerator.device) for name, metric in metrics.items()}
-    batches = [range(start, min(start + batch_size, length)) for start in range(0, length, batch_size)]
+    batches = [list(range(start, min(start + batch_size, length))) for start in range(0, length, batch_size)]
     loader: Any = DataLoader(task.eval_set, batch_sampler=batches[rank::world], collate_fn=task.collate)
     with torch.no_grad():
         for batch in loader:

@@ -6,88 +6,21 @@ tokens that score low. Interpreters learn by reward, for right answers from few 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import Any, Literal, NamedTuple
+import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from regard import checks, ops
+from regard import checks
 from regard.checkpoint import KeyMap
-from regard.layers import ContextBlock, Mixer, attach_loss, heads_of
+from regard.layers import ContextBlock, Mixer, attach_loss
 from regard.layouts.ragged import offsets_from_ids
 from regard.registry import System, Variant, register_mixer, register_system
-from regard.skeletons import DeiT
-
-THRESHOLD = 0.5
-"""A token stays if its score is above it."""
-
-
-class Interpreter(nn.Module):
-    r"""The multi-head interpreter: how informative is each token to the class token?
-
-    $$I_i = \frac{1}{H} \sum_h \sigma(d^{-1/2}\, q^{(h)\top}_{cls} k^{(h)}_i),\quad q, k = \mathrm{norm}(x)\,W$$
-
-    The norm is a LayerNorm without weights. Tokens that were dropped before score 0, so they stay dropped.
-
-    Args:
-        authors_quirks: W makes values too, which nothing uses, as in the surviving code.
-    """
-
-    def __init__(self, dim: int, num_heads: int = 6, *, authors_quirks: bool = False) -> None:
-        super().__init__()
-        self.dim, self.num_heads, self.head_dim = dim, num_heads, heads_of(dim, num_heads)
-        self.qk = nn.Linear(dim, (3 if authors_quirks else 2) * dim)
-
-    def queries(self, first: Tensor) -> Tensor:
-        """Queries `(..., num_heads, head_dim)` of class tokens `(..., dim)`."""
-        return self._project(first, 0)
-
-    def score(self, x: Tensor, queries: Tensor) -> Tensor:
-        """Scores in 0..1 of tokens `(..., dim)`, whose leading axes those of the queries broadcast to."""
-        logits = (self._project(x, 1) * queries).sum(-1) * self.head_dim**-0.5
-        return logits.sigmoid().mean(-1)
-
-    def forward(self, x: Tensor, keep: Tensor) -> Tensor:
-        """`(B, 1 + N, dim)`, class token first, and which tokens are left `(B, 1 + N)`, 1 or 0 -> scores `(B, 1 + N)`."""
-        return self.score(x, self.queries(x[:, :1])) * keep
-
-    def _project(self, x: Tensor, part: int) -> Tensor:
-        rows = slice(part * self.dim, (part + 1) * self.dim)
-        x = F.linear(F.layer_norm(x, (self.dim,)), self.qk.weight[rows], self.qk.bias[rows])
-        return x.unflatten(-1, (self.num_heads, self.head_dim))
-
-
-class KeptAttention(nn.Module):
-    r"""Softmax attention among the tokens that are left; the others get $W_o 0$ and nobody reads them.
-
-    $$\mathrm{out} = W_o\,[\,u_i\,\mathrm{softmax}_{j:\,u_j = 1}(d^{-1/2} q_i^\top k_j)\,v_j\,],\quad q, k, v = x\,W_{qkv}$$
-    """
-
-    def __init__(self, dim: int, num_heads: int, *, qkv_bias: bool = True) -> None:
-        super().__init__()
-        self.num_heads, self.head_dim = num_heads, heads_of(dim, num_heads)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, left: Tensor | None = None) -> Tensor:
-        """Dense or ragged, -> the shape of x.
-
-        Args:
-            x: `(B, N, dim)`, or the rows `(T, dim)` of the tokens that are left of all samples, laid end to end.
-            left: u `(B, N)`, or the offsets `(B + 1,)` of the samples among the rows. None is all tokens.
-        """
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        out: Any
-        if left is None:
-            out = ops.attention(q, k, v)
-        elif x.dim() == 2:
-            out = ops.grouped_attention(q, k, v, left)
-        else:
-            out = ops.attention(q, k, v, mask=(left > THRESHOLD)[:, None, None]) * left[..., None, None]
-        return self.proj(out.flatten(-2))
+from regard.skeletons import Clip, DeiT, TimeSformer
+from regard.skeletons.timesformer import Attend
+from regard.systems.backbones._interpreted import THRESHOLD, Interpreted, Interpreter, KeptAttention
 
 
 @register_mixer("interpreted")
@@ -125,23 +58,7 @@ class InterpretedAttention(Mixer):
         return f"dim={self.dim}, num_heads={self.num_heads}, efficiency={self.efficiency}"
 
 
-class Interpretation(NamedTuple):
-    """What the model answered, and why.
-
-    Attributes:
-        logits: `(B, num_classes)`.
-        scores: of each interpreter `(B, 1 + N)`, class token first; those of the first are the heat map of the paper.
-        keeps: which tokens each group goes on with, 1 or 0, in the same shape.
-        cost: share of all blocks' tokens that is left `(B,)`, the class token included.
-    """
-
-    logits: Tensor
-    scores: list[Tensor]
-    keeps: list[Tensor]
-    cost: Tensor
-
-
-class IARED2(DeiT):
+class IARED2(Interpreted, DeiT):
     """DeiT in groups of blocks, each behind an interpreter that drops tokens.
 
     `forward` keeps shapes: dropped tokens are zeroed and masked, in training as in export. `forward_gathered` gives the same
@@ -181,127 +98,104 @@ class IARED2(DeiT):
             depth=sum(groups),
             **host,
         )
-        self.groups, self.active = groups, len(groups)
-        self.interpreters = nn.ModuleList(
-            Interpreter(dim, interpreter_heads, authors_quirks=authors_quirks) for _ in groups
-        )
+        self._interpret_by(groups, dim, interpreter_heads, authors_quirks)
 
-    def stage(self, active: int, learns: Literal["interpreter", "blocks", "all"] = "all") -> IARED2:
-        """Set which groups drop tokens and what learns next.
-
-        Args:
-            active: so many groups drop tokens, later ones go on with what is left; 0 is a plain DeiT.
-            learns: "interpreter": only that of the last active group. "blocks": those behind it, and the classifier. "all":
-                everything.
-
-        Returns:
-            The model itself.
-        """
-        checks.one_of("learns", learns, ("interpreter", "blocks", "all"))
-        if not (learns == "interpreter") <= active <= len(self.groups):
-            raise ValueError(f"active must lie in {int(learns == 'interpreter')}..{len(self.groups)}, got {active!r}.")
-        self.active, last = active, max(active - 1, 0)
-        behind = [f"blocks.{index}." for index in range(sum(self.groups[:last]), len(self.blocks))]
-        open_to = {"interpreter": (f"interpreters.{last}.",), "blocks": (*behind, "norm.", "head."), "all": ("",)}
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(name.startswith(open_to[learns]))
-        return self
-
-    def _sequences(
-        self, x: Tensor, notes: list[tuple[Tensor, Tensor]] | None = None, bound: float | None = None
-    ) -> Iterator[tuple[Tensor, tuple[int, int]]]:
-        """As in `DeiT`. Scores and masks of each active group go to `notes`; with `bound`, learning ones draw masks."""
-        x, grid = self._embed(x)
-        blocks = iter(self.blocks)
-        keep = None
-        for index, size in enumerate(self.groups):
-            if index < self.active:
-                before = x.new_ones(x.shape[:2]) if keep is None else keep
-                interpreter = self.interpreters[index]
-                draws = bound is not None and interpreter.qk.weight.requires_grad
-                scores = interpreter(x.detach() if draws else x, before)
-                keep = before * torch.bernoulli(_bounded(scores.detach(), bound)) if draws else scores > THRESHOLD
-                keep = F.pad(keep[:, 1:].to(x.dtype), (1, 0), value=1.0)
-                x = x * keep[..., None]
-                if notes is not None:
-                    notes.append((scores, keep))
-            for block in islice(blocks, size):
-                x = block(x) if keep is None else block(x, keep)
-                yield x, grid
-
-    def interpret(self, x: Tensor, bound: float | None = None) -> Interpretation:
-        """`(B, in_chans, H, W)` -> logits with the scores and masks that led to them.
-
-        Args:
-            bound: draw the masks of interpreters that learn, see `policy_loss`; None takes every score above 0.5.
-        """
+    def _check(self, x: Tensor) -> None:
         self.check_image(x)
-        notes: list[tuple[Tensor, Tensor]] = []
-        *_, (tokens, _) = self._sequences(x, notes, bound)
-        scores, keeps = [note[0] for note in notes], [note[1] for note in notes]
-        shares = [keep.mean(1) for keep in keeps] or [x.new_ones(len(x))]
-        shares += shares[-1:] * (len(self.groups) - len(shares))
-        cost = sum(size * share for size, share in zip(self.groups, shares, strict=True)) / sum(self.groups)
-        return Interpretation(self.forward_head(self.norm(tokens)), scores, keeps, cost)
 
-    def policy_loss(self, x: Tensor, labels: Tensor, *, error_penalty: float = 1.0, bound: float = 0.8) -> Tensor:
-        r"""The loss of the interpreters that learn: REINFORCE, with the reward of the thresholded masks as baseline.
+    def _context(self, grid: tuple[int, ...], keep: Tensor | None) -> tuple[Tensor, ...]:
+        return () if keep is None else (keep,)
 
-        $$L = -\frac{1}{N}\,(R(u) - R(\hat u)) \sum_i \log p(u_i),\quad
-          R = 1 - \mathrm{cost}^2 \text{ if the answer is right, else } -\tau$$
-
-        with u drawn from $p = b I + (1 - b)(1 - I)$ and $\hat u = [I > 0.5]$. For the first group the cost is the paper's
-        share of kept tokens, because later groups go on with its mask; for later ones it counts the groups before, too. No
-        gradient goes through the masks, or to the blocks.
-
-        Args:
-            labels: classes `(B,)`. error_penalty: τ.
-            bound: b keeps draws from ending in certainty; in the surviving code that line is switched off (b = 1).
-        """
-        with torch.no_grad():
-            baseline = self._reward(self.interpret(x), labels, error_penalty)
-        played = self.interpret(x, bound)
-        advantage = (self._reward(played, labels, error_penalty) - baseline).detach()
-        chance = x.new_zeros(len(x))
-        before = torch.ones_like(played.keeps[0]) if played.keeps else None
-        for interpreter, scores, keep in zip(self.interpreters, played.scores, played.keeps, strict=False):
-            if interpreter.qk.weight.requires_grad:
-                drawn = F.binary_cross_entropy(_bounded(scores, bound), keep, reduction="none") * before
-                chance = chance - drawn[:, 1:].mean(1)
-            before = keep
-        return -(advantage * chance).mean()
-
-    @staticmethod
-    def _reward(played: Interpretation, labels: Tensor, error_penalty: float) -> Tensor:
-        right = played.logits.argmax(-1) == labels
-        return torch.where(right, 1 - played.cost.square(), -error_penalty)
-
-    def forward_gathered(self, x: Tensor) -> Tensor:
-        """`(B, in_chans, H, W)` -> logits as `forward` gives them in evaluation, computed for the kept tokens only.
-
-        Images keep different numbers of tokens: those of a batch are laid end to end, and nothing is padded. What is left
-        depends on the data, so this form cannot be exported.
-        """
-        self.check_image(x)
-        tokens, _ = self._embed(x)
-        batch, count, _ = tokens.shape
-        x, rows = tokens.flatten(0, 1), torch.arange(batch * count, device=x.device)
-        offsets = torch.arange(batch + 1, device=x.device) * count
-        blocks = iter(self.blocks)
-        for index, size in enumerate(self.groups):
-            if index < self.active:
-                interpreter = self.interpreters[index]
-                scores = interpreter.score(x, interpreter.queries(x[offsets[:-1]])[rows // count])
-                stays = (scores > THRESHOLD) | (rows % count == 0)
-                x, rows = x[stays], rows[stays]
-                offsets = offsets_from_ids(rows // count, batch)
-            for block in islice(blocks, size):
-                x = block(x, offsets)
-        return self.head(self.norm(x[offsets[:-1]]))
+    def _gathered_context(self, grid: tuple[int, ...], rows: Tensor, batch: int) -> tuple[Tensor]:
+        return (offsets_from_ids(rows // (1 + math.prod(grid)), batch),)
 
 
-def _bounded(scores: Tensor, bound: float) -> Tensor:
-    return bound * scores + (1 - bound) * (1 - scores)
+class IARED2TimeSformer(Interpreted, TimeSformer):
+    """TimeSformer in groups of blocks, each behind an interpreter that drops tokens of single frames.
+
+    As `IARED2`, with clips `(B, T, in_chans, H, W)` in place of images. A token is scored against the class token wherever
+    and whenever it is; attention over time is among the frames that still have the place, attention within a frame among
+    the class token and what the frame has left. A reconstruction: the abstract names host and speed; groups, heads of the
+    interpreters and this use of masks are ours, after the image side.
+
+    Args:
+        groups: number of blocks in each group. interpreter_heads: heads of the interpreters; None is `num_heads`.
+        host: arguments of `TimeSformer`: img_size, num_frames, drop_path_rate, num_classes, ...
+    """
+
+    authors_keys = KeyMap(rules=TimeSformer.authors_keys.rules)
+
+    def __init__(
+        self,
+        *,
+        dim: int = 768,
+        num_heads: int = 12,
+        groups: Sequence[int] = (4, 4, 4),
+        interpreter_heads: int | None = None,
+        **host: Any,
+    ) -> None:
+        groups = checks.tuple_of("groups", groups, len(groups))
+        super().__init__(attention=KeptAttention, dim=dim, num_heads=num_heads, depth=sum(groups), **host)
+        self._interpret_by(groups, dim, num_heads if interpreter_heads is None else interpreter_heads)
+
+    def _check(self, x: Tensor) -> None:
+        self.check_clip(x)
+
+    def _context(self, grid: tuple[int, int, int], keep: Tensor | None) -> tuple[Clip]:
+        return (Clip(grid, keep),)
+
+    def _gathered_context(self, grid: tuple[int, ...], rows: Tensor, batch: int) -> tuple[GatheredClip]:
+        return (GatheredClip(grid, rows, batch),)
+
+
+class GatheredClip:
+    """The grouping of `Clip` for what is left of all samples, laid end to end: tokens `(rows, dim)`, attended in ragged groups.
+
+    Args:
+        grid: T, H, W. rows: rising numbers of the tokens among all `batch * (1 + T H W)`, every class token included.
+    """
+
+    def __init__(self, grid: tuple[int, ...], rows: Tensor, batch: int) -> None:
+        times, places = grid[0], math.prod(grid[1:])
+        sample, token = rows // (1 + times * places), rows % (1 + times * places) - 1
+        inner, first = (token >= 0).nonzero().squeeze(1), (token < 0).nonzero().squeeze(1)
+        frame = sample[inner] * times + token[inner] // places
+        place = sample[inner] * places + token[inner] % places
+        self.by_place, self.place_offsets = _grouped(inner, place, batch * places)
+        frames = torch.arange(batch * times, device=rows.device)
+        copies = first.repeat_interleave(times)
+        both = torch.cat([copies, inner]), torch.cat([frames, frame])
+        self.by_frame, self.frame_offsets = _grouped(*both, batch * times)
+        self.times, self.copied = times, (token[self.by_frame] < 0)[:, None]
+
+    def along_time(self, x: Tensor, attend: Attend) -> Tensor:
+        """`attend` gets the frames of each place in turn."""
+        return torch.zeros_like(x).index_copy(0, self.by_place, attend(x[self.by_place], self.place_offsets))
+
+    def within_frames(self, x: Tensor, attend: Attend) -> Tensor:
+        """`attend` gets each frame in turn, the class token before its places."""
+        out = attend(x[self.by_frame], self.frame_offsets)
+        return torch.zeros_like(x).index_add(0, self.by_frame, torch.where(self.copied, out / self.times, out))
+
+
+def _grouped(rows: Tensor, group: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Rows in the order of their groups, and the offsets of the groups among them."""
+    order = group.argsort(stable=True)
+    return rows[order], offsets_from_ids(group[order], groups)
+
+
+def _timesformer(name: str, params: int, gmacs: float, frames: int, side: int) -> Variant:
+    """The video host of the paper, as its own authors publish it."""
+    return Variant(
+        f"timesformer_{name}",
+        TimeSformer,
+        params,
+        gmacs,
+        ((1, frames, 3, side, side),),
+        "parameters of TimeSformer's code (400 classes; the 121.4 M of its paper are with 174); a third of the FLOPs "
+        "published for three crops",
+        {"num_frames": frames, "img_size": side, "drop_path_rate": 0.1},
+    )
 
 
 SYSTEM = register_system(
@@ -324,6 +218,15 @@ SYSTEM = register_system(
                 options={"authors_quirks": True},
             ),
             Variant("ia_red2_deit_base", IARED2, options={"dim": 768, "num_heads": 12}),
+            _timesformer("base", 121_566_352, 590 / 3, 8, 224),
+            _timesformer("hr", 122_024_080, 5109 / 3, 16, 448),
+            _timesformer("large", 121_633_936, 7140 / 3, 96, 224),
+            Variant(
+                "ia_red2_timesformer",
+                IARED2TimeSformer,
+                inputs=((1, 8, 3, 224, 224),),
+                source="of the video models only the host's name is published; this is its base size in three groups",
+            ),
         ),
         reports=(
             "up to 1.4 times as fast at a loss of less than 0.7 points, DeiT and TimeSformer (abstract)",

@@ -212,11 +212,7 @@ class PredFormer(Model):
 
     def check_clip(self, x: Tensor) -> None:
         """Check the input at the door."""
-        if x.dim() != 5 or x.shape[2] != self.in_chans:
-            raise ValueError(f"x must be (batch, frames, {self.in_chans}, height, width), got {tuple(x.shape)}.")
-        if x.shape[1] == 0:
-            raise ValueError(f"x has no frames: {tuple(x.shape)}.")
-        checks.image(x.flatten(0, 1), self.in_chans)
+        checks.clip(x, self.in_chans)
         checks.no_half_on_cpu(type(self).__name__, x)
 
     def _next(self, x: Tensor) -> Tensor:
