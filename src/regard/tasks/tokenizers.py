@@ -54,4 +54,5 @@ class BytePairs:
 
     def byte_lengths(self) -> list[int]:
         """Bytes of text that each token stands for; its name has one character for each."""
-        return [len(self.tokenizer.id_to_token(token)) for token in range(self.vocab_size)]
+        names = sorted(self.tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+        return [len(name) for name, _ in names]

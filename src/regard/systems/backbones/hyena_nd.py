@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,13 @@ def _ours(name: str, value: Tensor) -> dict[str, Tensor]:
     elif name.endswith(("filter.freq", ".rates0", ".rates1", ".shift", "skip")):
         value = value.flatten()
     return split_qkv(name, value)
+
+
+class HyenaState(NamedTuple):
+    """What a stream remembers: the short convolution's last inputs `(B, 2, inner)`, all `(B, t, dim)` of each long one."""
+
+    inputs: Tensor
+    pasts: tuple[Tensor, ...] = ()
 
 
 @register_mixer("hyena")
@@ -65,6 +72,7 @@ class HyenaND(Mixer):
     """
 
     can_causal: ClassVar[bool] = True
+    can_stream: ClassVar[bool] = True
     has_heads: ClassVar[bool] = False
     authors_keys = KeyMap(
         rules=[
@@ -190,6 +198,36 @@ class HyenaND(Mixer):
             v = ops.fft_conv(v, torch.cat([kernel] * self.groups, -1), causal=True, skip=skip.repeat(self.groups))
             v = v.flip(turn) if turn else v
         return v * gates[0]
+
+    def step(self, x: Tensor, state: HyenaState | None = None) -> tuple[Tensor, HyenaState]:
+        """One token `(B, dim)` of a causal sequence: each long convolution is one sum over all that it has seen.
+
+        Raises:
+            ValueError: unless the mixer is causal and has one axis; with `authors_quirks`, whose kernels depend on the length.
+        """
+        if not self.causal or self.axes != 1 or self.authors_quirks:
+            raise ValueError(
+                "a stream needs a causal mixer on sequences, without the authors' scale by the length: build it with "
+                f"causal=True, axes=1, authors_quirks=False; got {self.causal}, {self.axes}, {self.authors_quirks}."
+            )
+        u = self.proj_in(x)[:, None]
+        state = HyenaState(u.new_zeros(len(u), 2, u.shape[-1])) if state is None else state
+        seen = torch.cat([state.inputs, u], 1)
+        *gates, v = self.short(seen).squeeze(1).chunk(self.order + 1, -1)
+        pasts = list(state.pasts) or [v.new_zeros(len(v), 0, self.dim)] * (self.order - 1)
+        kernels = self.filter((pasts[0].shape[1] + 1,)).unflatten(-1, (-1, self.dim)).unbind(-2)
+        for index, (gate, kernel, skip) in enumerate(
+            zip(gates[:0:-1], kernels, self.skip.split(self.dim), strict=True)
+        ):
+            v = self.dropout(v * gate)
+            pasts[index] = torch.cat([pasts[index], v[:, None]], 1)
+            reached = pasts[index][:, -len(kernel) :]  # free numbers may be fewer than tokens
+            v = (reached.flip(1) * kernel).sum(1) + skip * v
+        return self.proj_out(v * gates[0]), HyenaState(seen[:, 1:], tuple(pasts))
+
+    def state_size(self, length: int) -> int:
+        """Every token's input of every long convolution, and the last two of the short one."""
+        return (self.order - 1) * self.dim * length + 2 * (self.order + 1) * self.dim
 
     def extra_repr(self) -> str:
         return (
