@@ -99,7 +99,7 @@ def _train_a_language_model(out, processes, kill=False):
         assert run.returncode != 0, "it was killed before it had finished"
         assert not (out / "result.json").exists()
         return None
-    _, errors = run.communicate(timeout=300)
+    _, errors = run.communicate(timeout=900)
     assert run.returncode == 0, errors.decode()
     return json.loads((out / "result.json").read_text())
 

@@ -167,9 +167,10 @@ def markdown_table(header: list[str], body: list[list[str]]) -> str:
 def _markdown(results: dict[str, Any]) -> str:
     task, facts = results["task"], results["machine"]
     header, body = lines(results)
+    asked = task["description"] if task["description"][-1] in ".?!" else task["description"] + "."
     told = [
         f"# {len(body)} mixers on {task['name']}",
-        f"{task['description']}. Trivial answer ({task['trivial_answer']}): {task['trivial']:.3g}. "
+        f"{asked} Trivial answer ({task['trivial_answer']}): {task['trivial']:.3g}. "
         f"{results['settings']['budget']} steps each. {facts['processor']}, {facts['threads']} threads.",
         f"`{_command(results['settings'])}`",
         "\n".join(f"- {finding}" for finding in findings(results)),
