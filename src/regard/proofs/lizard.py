@@ -335,7 +335,8 @@ class _Setup:
             f"trained here {self.teaching.steps} steps of 8 on characters of {self.task.corpus}, context {self.length}; window "
             f"{CORE['window_size']}, m 4, {CORE['feature_dim']} features; stage 1 {self.stage1.steps} steps of 4 at lr "
             f"{self.stage1.lr} (a short training needs more than the paper's 1e-3), stage 2 {self.stage2.steps} steps of 8 at "
-            f"lr {self.stage2.lr}, rank 8"
+            f"lr {self.stage2.lr}, rank 8; alpha begins at 1/2, chosen after two steps on an untrained teacher, where the "
+            "paper says nothing"
         )
 
 
