@@ -437,10 +437,14 @@ def mixers(
     as_json: JsonFlag = False,
 ) -> None:
     """Every mixer, and what it can do: tried here and now, not read from a list."""
-    from regard.systems.sequence.million_scale import template_table
-    from regard.workbench.matrix import capabilities
+    if template:
+        from regard.systems.sequence.million_scale import template_table
 
-    rows = template_table() if template else capabilities(compile_too)
+        rows = template_table()
+    else:
+        from regard.workbench.matrix import capabilities
+
+        rows = capabilities(compile_too)
     if as_json:
         _print_json(rows)
         return

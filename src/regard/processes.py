@@ -25,7 +25,8 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, seconds: flo
     that calls this does so under `if __name__ == "__main__":`.
 
     Args:
-        function: of a module, so that another process can import it. Results have to be what `torch.save` takes.
+        function: of a module, so that another process can import it. Results are
+            tensors, numbers, strings, and lists, tuples and dictionaries of them.
         seconds: after which a rank that waits for another gives up.
 
     Raises:
@@ -37,7 +38,7 @@ def run_ranks(function: Callable[..., Any], ranks: int, *args: Any, seconds: flo
         multiprocessing.get_context(method).set_forkserver_preload([function.__module__, "regard.ops.distributed"])
     with tempfile.TemporaryDirectory() as folder:
         processes.start_processes(_rank, (ranks, folder, seconds, function, args), ranks, start_method=method)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(ranks)]
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
 
 
 def _rank(

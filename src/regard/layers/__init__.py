@@ -10,7 +10,7 @@ from regard.layers.drop import DropPath, LayerScale, linear_rates
 from regard.layers.init import fan_out_init, kernel_init, vit_init
 from regard.layers.mamba import Mamba, MambaBlock, MambaState
 from regard.layers.mbconv import MBConv
-from regard.layers.mixer import Cost, Mixer, heads_of
+from regard.layers.mixer import Cost, Mixer, heads_of, run_stream
 from regard.layers.mlp import ConvMlp, GatedMlp, Mlp
 from regard.layers.norm import BatchNorm, GlobalNorm, SimpleRMSNorm
 from regard.layers.patch import ConvEmbed, ConvStem, PatchEmbed, PatchMerging
@@ -94,6 +94,7 @@ __all__ = [
     "resize_map",
     "resize_sequence_table",
     "resize_table",
+    "run_stream",
     "sincos",
     "split_qkv",
     "vit_init",

@@ -80,6 +80,15 @@ class Mixer(nn.Module):
         return Cost(count_params(self), macs, self.state_size(math.prod(spatial)) if self.can_stream else None)
 
 
+def run_stream(mixer: Any, x: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+    """Tokens `(B, N, dim)`, at least one, through `mixer.step` one by one: all outputs, likewise, and the last state."""
+    outs = []
+    for token in x.unbind(1):
+        out, state = mixer.step(token, state)
+        outs.append(out)
+    return torch.stack(outs, 1), state
+
+
 def heads_of(dim: int, num_heads: int) -> int:
     """Head width; raises a ValueError unless `num_heads` divides `dim`."""
     checks.positive("dim", dim)

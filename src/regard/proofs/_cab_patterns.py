@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.layers import run_stream
+
 DIM, HEADS, TOLERANCE = 16, 2, 1e-6
 LENGTHS = (20, 13, 3)
 """Of the samples of a padded batch; the last is shorter than windows, segments and chunks."""
@@ -40,7 +42,7 @@ def conformance(made: type[nn.Module], **options: Any) -> dict[str, bool]:
             if can["can_mask"]:
                 found["padding"] = found.get("padding", True) and _padding_is_left_out(mixer, x)
             if can["can_stream"]:
-                found["stream"] = _equal(_streamed(mixer, x), whole)
+                found["stream"] = _equal(run_stream(mixer, x)[0], whole)
             found["memory"] = _rank_of_the_past(mixer, x[:1]) > HEADS
         if can["can_cross"]:
             mixer, context = _built(made, options), x[:, :9].flip(0) + 1
@@ -96,14 +98,6 @@ def _padding_is_left_out(mixer: nn.Module, x: Tensor) -> bool:
     mask = torch.arange(x.shape[1]) < torch.tensor(LENGTHS)[:, None]
     batch = mixer(x, mask=mask)
     return all(_equal(mixer(x[i : i + 1, :n])[0], batch[i, :n]) for i, n in enumerate(LENGTHS))
-
-
-def _streamed(mixer: Any, x: Tensor) -> Tensor:
-    state, outs = None, []
-    for token in x.unbind(1):
-        out, state = mixer.step(token, state)
-        outs.append(out)
-    return torch.stack(outs, 1)
 
 
 def _rank_of_the_past(mixer: nn.Module, x: Tensor) -> int:

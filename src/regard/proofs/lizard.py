@@ -27,6 +27,7 @@ from regard.linearize import (
     teacher_signals,
 )
 from regard.proofs.base import Check, Preset, Proofs, Recipe
+from regard.skeletons.hugging_face import need_transformers
 from regard.systems.sequence._gated_linear import GATES, gated_linear_attention
 from regard.systems.sequence.lizard import LizardAttention, LizardCore, LizardLM
 from regard.tasks import create_task
@@ -198,19 +199,9 @@ def core_as_written() -> Check:
     )
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise ImportError(
-            f'converting language models is shown on those of transformers: pip install "regard[language]" ({error}).'
-        ) from error
-    return transformers
-
-
 def _llama(vocab_size: int, *, dim: int = 64, depth: int = 2, hidden: int = 176, heads: int = 4) -> Any:
     """A LLaMA of transformers, whose key heads serve two query heads each."""
-    config = _transformers().LlamaConfig(
+    config = need_transformers().LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=dim,
         intermediate_size=hidden,
@@ -220,7 +211,7 @@ def _llama(vocab_size: int, *, dim: int = 64, depth: int = 2, hidden: int = 176,
         max_position_embeddings=2048,
         eos_token_id=None,
     )
-    return _transformers().LlamaForCausalLM(config)
+    return need_transformers().LlamaForCausalLM(config)
 
 
 def converts_transformers() -> Check:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from regard import checks
 from regard.checkpoint import drop_tied_head
-from regard.layers import Block, linear_rates, sincos
+from regard.layers import Block, linear_rates, run_stream, sincos
 from regard.registry import mixer_class
 from regard.skeletons.base import Model
 from regard.skeletons.host import MixerClass, build_in_stack
@@ -38,11 +38,8 @@ class DecoderBlock(Block):
         if hasattr(self.mixer, "prefill"):
             out, state = self.mixer.prefill(h)
             return self._residual(x, out), state
-        outs, state = [], None
-        for token in h.unbind(1):
-            out, state = self.mixer.step(token, state)
-            outs.append(out)
-        return self._residual(x, torch.stack(outs, 1)), state
+        out, state = run_stream(self.mixer, h)
+        return self._residual(x, out), state
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One token `(B, dim)` -> the same shape, and the new state."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from regard.checks import positive
 from regard.skeletons.sampling import sample_answers
 from regard.tasks.base import whole
+from regard.training.trainer import refuse_other_recipe
 
 
 class Verifiable(Protocol):
@@ -249,11 +250,7 @@ class _Learner:
     def restore(self, path: Path, result: GrpoResult) -> None:
         """Read the state of the same recipe into the model, the optimiser and `result`."""
         state = torch.load(path, map_location=self.device, weights_only=True)
-        wanted = asdict(self.config)
-        other = {name: old for name, old in state["config"].items() if wanted.get(name) != old}
-        if other:
-            said = ", ".join(f"{name} was {old!r}, is {wanted.get(name)!r}" for name, old in other.items())
-            raise ValueError(f"{path} holds a run with another recipe ({said}). Use the same recipe or another folder.")
+        refuse_other_recipe(path, state["config"], asdict(self.config))
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.reference is not None:

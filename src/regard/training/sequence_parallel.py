@@ -25,7 +25,7 @@ from regard.ops.shards import LAYOUTS, Layout, shard_sequence
 from regard.systems.sequence.million_scale import MillionLM, spread
 from regard.tasks import create_task
 from regard.tasks.base import Task
-from regard.training.trainer import StepSampler, TrainConfig, TrainResult, _factor, _optimizer, seeded
+from regard.training.trainer import StepSampler, TrainConfig, TrainResult, lr_factor, make_optimizer, seeded
 
 
 def spread_loss(model: nn.Module, tokens: Tensor, *, layout: Layout, group: dist.ProcessGroup | None) -> Tensor:
@@ -75,8 +75,8 @@ def train_spread(
     torch.manual_seed(config.seed)  # of dropped paths, which are samples: all ranks have to drop the same
     device = next(model.parameters()).device
     spread(model, group).train()
-    optimizer = _optimizer(model, config)
-    scheduler = LambdaLR(optimizer, lambda step: _factor(step, config))
+    optimizer = make_optimizer(model, config)
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, config))
     sampler = StepSampler(len(task.train_set), config.batch_size, 0, config.steps, config.seed)  # type: ignore[arg-type]
     result, started = TrainResult(), time.perf_counter()
     for batch in DataLoader(task.train_set, batch_sampler=sampler, collate_fn=task.collate):

@@ -9,7 +9,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -120,7 +120,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The recipe's optimiser, with weight decay for matrices and kernels only."""
     groups = parameter_groups(model, config.weight_decay)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=0.0)
@@ -129,7 +130,8 @@ def _optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-def _factor(step: int, config: TrainConfig) -> float:
+def lr_factor(step: int, config: TrainConfig) -> float:
+    """What the peak learning rate is multiplied with at a step."""
     warm = round(config.warmup * config.steps)
     if step < warm:
         return (step + 1) / warm
@@ -179,9 +181,9 @@ def train(
     accelerator = _accelerator(config, cpu)
     set_seed(config.seed, device_specific=True)
     result = TrainResult()
-    optimizer = _optimizer(model, config)
+    optimizer = make_optimizer(model, config)
     objective, optimizer = accelerator.prepare(Objective(model, task), optimizer)
-    scheduler = LambdaLR(optimizer, lambda step: _factor(step, config))
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, config))
     accelerator.register_for_checkpointing(scheduler)
     folder = out / "checkpoint" if out is not None else None
     if folder is not None:
@@ -310,6 +312,14 @@ def _length(dataset: Dataset[Any]) -> int:
     return len(dataset)
 
 
+def refuse_other_recipe(path: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise a ValueError that names each difference, unless what was saved at `path` is of the recipe that is wanted."""
+    different = [key for key in wanted if saved.get(key) != wanted[key]]
+    if different:
+        said = ", ".join(f"{key} was {saved.get(key)!r}, is {wanted[key]!r}" for key in different)
+        raise ValueError(f"{path} holds a run with another recipe ({said}). Use the same recipe or another folder.")
+
+
 def _save(accelerator: Accelerator, folder: Path, config: TrainConfig, result: TrainResult) -> None:
     """A folder for each step, which gets its name when it is whole; then the ones before it go."""
     name = f"step-{result.steps:08d}"
@@ -333,11 +343,7 @@ def _restore(accelerator: Accelerator, folder: Path, config: TrainConfig, result
     if not found:
         return
     progress = json.loads((found[-1] / "progress.json").read_text())
-    saved, wanted = progress["config"], json.loads(json.dumps(asdict(config)))
-    saved["processes"], wanted["processes"] = progress["processes"], accelerator.num_processes
-    different = {key: (saved.get(key), wanted[key]) for key in wanted if saved.get(key) != wanted[key]}
-    if different:
-        said = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in different.items())
-        raise ValueError(f"{folder} holds a run with another recipe ({said}). Use the same recipe or another folder.")
+    wanted = json.loads(json.dumps(asdict(config))) | {"processes": accelerator.num_processes}
+    refuse_other_recipe(folder, progress["config"] | {"processes": progress["processes"]}, wanted)
     accelerator.load_state(str(found[-1]))
     result.steps, result.losses, result.seconds = progress["steps"], progress["losses"], progress["seconds"]

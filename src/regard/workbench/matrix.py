@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from regard.layers import run_stream
 from regard.registry import list_mixers
 from regard.skeletons.host import MixerClass, build_in_stack
 from regard.systems.sequence._cab_scores import Pattern
@@ -157,11 +158,7 @@ _CHECKS: dict[Pattern, Callable[[str | MixerClass], None]] = {
 def _check_stream(name: str) -> None:
     """Token by token equals all at once."""
     mixer, x = _on_sequences(name, causal=True)
-    state, outs = None, []
-    for token in x.unbind(1):
-        out, state = mixer.step(token, state)  # type: ignore[operator]
-        outs.append(out)
-    assert torch.allclose(torch.stack(outs, 1), mixer(x), atol=_TOLERANCE)
+    assert torch.allclose(run_stream(mixer, x)[0], mixer(x), atol=_TOLERANCE)
 
 
 def _check_compiled(mixer: nn.Module, x: Tensor) -> None:
