@@ -153,9 +153,9 @@ def test_causal_linear(length, heads, dim, value_dim, decayed, normalize, carrie
 
 
 @given(st.sampled_from([1, 5, 31, 32, 33, 63, 64, 65, 100]), st.sampled_from([1, 8, 16, 17, 40]),
-       st.sampled_from([1, 4, 16, 20]), st.booleans(), st.booleans(), DTYPES)  # fmt: skip
-def test_selective_scan(length, channels, states, skip, carried, dtype):
-    x, dt = drawn(2, length, channels, seed=1), drawn(2, length, channels, seed=2).exp() / 4
+       st.sampled_from([1, 4, 16, 20]), st.booleans(), st.booleans(), st.sampled_from([0.25, 1e7]), DTYPES)  # fmt: skip
+def test_selective_scan(length, channels, states, skip, carried, step, dtype):
+    x, dt = drawn(2, length, channels, seed=1), drawn(2, length, channels, seed=2).exp() * step
     a = -drawn(channels, states, seed=3).exp()
     inputs = [x, dt, a, drawn(2, length, states, seed=4), drawn(2, length, states, seed=5)]
     inputs += [drawn(channels, seed=6)] if skip else []
@@ -176,7 +176,13 @@ OFFSETS = torch.tensor([0, 3, 3, 20, 56])
 INDEX = torch.tensor([[[0, 2], [1, 1], [2, 0]]] * 2)
 CALLS = {
     "window": lambda q, k, v: ops.window_attention(q, k, v, window_size=3, shift=1, backend="cpu"),
+    "window with bias": lambda q, k, v: ops.window_attention(
+        q, k, v, window_size=3, bias=q.flatten()[:162].view(2, 9, 9), backend="cpu"
+    ),
     "neighborhood": lambda q, k, v: ops.neighborhood_attention(q, k, v, kernel_size=3, dilation=2, backend="cpu"),
+    "neighborhood with bias": lambda q, k, v: ops.neighborhood_attention(
+        q, k, v, kernel_size=3, bias=q.flatten()[:50].view(2, 5, 5), backend="cpu"
+    ),
     "grouped": lambda q, k, v: ops.grouped_attention(*(x[0].flatten(0, 1) for x in (q, k, v)), OFFSETS, backend="cpu"),
     "routed": lambda q, k, v: ops.routed_attention(*(x[:, :3] for x in (q, k, v)), INDEX, backend="cpu"),
     "linear": lambda q, k, v: ops.linear_attention(

@@ -1,7 +1,8 @@
 """Convolutions on channels-last grids of 1, 2 or 3 spatial axes.
 
 `x.movedim(-1, 1)` of a contiguous channels-last tensor already has PyTorch's channels_last memory format, so nothing is
-copied on the way in or out.
+copied on the way in or out. Only an image that came channels first gives a map that is copied once: without that, all
+layers behind a stem would work across memory.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ class _ChannelsLast:
 
     def forward(self, x: Tensor) -> Tensor:
         """`(B, *S, C_in)` -> `(B, *S', C_out)`."""
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)  # type: ignore[misc]
+        return super().forward(x.movedim(-1, 1)).movedim(1, -1).contiguous()  # type: ignore[misc]
 
 
 class Conv1d(_ChannelsLast, nn.Conv1d):

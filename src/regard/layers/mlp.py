@@ -4,13 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from regard.layers.conv import depthwise
 
+_PART, _LARGE = 1 << 20, 1 << 22  # numbers: 4 MiB in float32 stay in a cache, more than 16 MiB do not
+
+
+def by_positions(run: Callable[[Tensor], Tensor], x: Tensor, hidden: int) -> Tensor:
+    """`run(x)` for a `run` that treats every position by itself, in inference on a CPU a few positions at a time.
+
+    The `hidden` numbers a position that arise on the way then stay in cache, and are never all in memory. With gradients,
+    on other devices and while a graph is traced `run` gets all of `x`.
+
+    Args:
+        x: `(..., dim)`.
+    """
+    positions = x.numel() // max(1, x.shape[-1])
+    whole = torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if whole or positions * hidden <= _LARGE:
+        return run(x)
+    parts = x.reshape(positions, -1).split(max(1, _PART // hidden))
+    return torch.cat([run(part) for part in parts]).unflatten(0, x.shape[:-1])
+
 
 class Mlp(nn.Module):
-    """fc2(act(fc1(x))): dim -> hidden -> dim."""
+    """fc2(act(fc1(x))): dim -> hidden -> dim. In inference `fc1` may see a map a few positions at a time (`by_positions`)."""
 
     def __init__(
         self,
@@ -29,6 +49,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., dim)` -> the same shape."""
+        return by_positions(self._run, x, self.fc1.out_features)
+
+    def _run(self, x: Tensor) -> Tensor:
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
@@ -73,4 +96,7 @@ class GatedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`(..., dim)` -> the same shape."""
+        return by_positions(self._run, x, 2 * self.gate.out_features)
+
+    def _run(self, x: Tensor) -> Tensor:
         return self.drop(self.out(self.drop(self.act(self.gate(x)) * self.value(x))))

@@ -14,10 +14,20 @@
 
 namespace regard {
 
-// Runs body(first, last) over parts of [0, n), in PyTorch's threads.
-void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body);
+// Runs body(first, last, part) over `parts` parts of [0, n), in PyTorch's threads: a thread that is done takes the next
+// part, so that none waits long for another. What a part is hangs on n and `parts` only: sums by part have one order.
+void parallel(int64_t n, int64_t parts, const std::function<void(int64_t, int64_t, int64_t)>& body);
 int threads();
-int this_thread();
+constexpr int kParts = 16;  // for each thread: few enough that taking one costs nothing
+
+// How many parts where each keeps `numbers` sums of its own: fewer where those would fill memory.
+inline int64_t parts_with(int64_t numbers) {
+  return threads() * std::clamp<int64_t>((1 << 18) / std::max<int64_t>(numbers, 1), 1, kParts);
+}
+
+inline void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
+  parallel(n, kParts * threads(), [&](int64_t first, int64_t last, int64_t) { body(first, last); });
+}
 bool poison();  // PyTorch was told to fill fresh memory (torch.utils.deterministic.fill_uninitialized_memory)
 
 // A tensor (batch, rows, heads, width) in float32 or bfloat16; neighbouring channels are neighbours in memory.

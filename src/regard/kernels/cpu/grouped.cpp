@@ -293,10 +293,11 @@ void grouped_backward(const GroupedProblem& p, const Groups& groups, const float
   BiasTables tables;
   if (p.bias != nullptr) tables.fill(p, groups);
   const int stride = padded(p.width), value_stride = padded(p.value_width);
-  const int64_t repeat = p.heads / p.kv_heads, per_thread = p.bias_heads * tables.per_head;
-  std::vector<float> table_gradients(bias_gradient ? threads() * per_thread : 0, 0.f);
+  const int64_t repeat = p.heads / p.kv_heads, per_part = p.bias_heads * tables.per_head;
+  const int64_t parts = bias_gradient ? parts_with(per_part) : kParts * threads();
+  std::vector<float> table_gradients(bias_gradient ? parts * per_part : 0, 0.f);
 
-  const auto some = [&](int64_t b, int64_t g, int64_t first_head, int64_t together) {
+  const auto some = [&](int64_t b, int64_t g, int64_t first_head, int64_t together, int64_t sums_of) {
     Scratch& memory = scratch();
     const int queries = groups.queries(g), keys = groups.keys(g), wide = padded(keys);
     const int part = queries ? strip_rows(queries, wide / W) : 0;
@@ -340,7 +341,7 @@ void grouped_backward(const GroupedProblem& p, const Groups& groups, const float
               softmax_row_gradient(s + i * wide, ds + i * wide, packed.blocks,
                                    lse[(b * rows + q_rows[start + i]) * p.heads + head], 0);
             if (bias_gradient) {
-              float* to = &table_gradients[this_thread() * per_thread + corner];
+              float* to = &table_gradients[sums_of * per_part + corner];
               for (int j = 0; j < here * wide; j += W) store(to + j, load(to + j) + load(ds + j));
             }
             mix(ds, wide, here, packed.of(packed.k), stride, stride, q_out, stride);
@@ -369,26 +370,26 @@ void grouped_backward(const GroupedProblem& p, const Groups& groups, const float
   // Groups that share keys are taken one after the other, so that sums have one order and no thread waits for another.
   const auto part_of_heads = [&](int64_t g) { return Stage::heads(p, groups.queries(g), groups.keys(g)); };
   if (groups.disjoint)
-    parallel(p.batch * groups.count(), [&](int64_t begin, int64_t end) {
+    parallel(p.batch * groups.count(), parts, [&](int64_t begin, int64_t end, int64_t part) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t b = item / groups.count(), g = item % groups.count(), most = part_of_heads(g);
-        for (int64_t head = 0; head < p.kv_heads; head += most) some(b, g, head, std::min(most, p.kv_heads - head));
+        for (int64_t head = 0; head < p.kv_heads; head += most) some(b, g, head, std::min(most, p.kv_heads - head), part);
       }
     });
   else
-    parallel(p.batch * p.kv_heads, [&](int64_t begin, int64_t end) {
+    parallel(p.batch * p.kv_heads, parts, [&](int64_t begin, int64_t end, int64_t part) {
       for (int64_t item = begin; item < end; ++item)
-        for (int64_t g = 0; g < groups.count(); ++g) some(item / p.kv_heads, g, item % p.kv_heads, 1);
+        for (int64_t g = 0; g < groups.count(); ++g) some(item / p.kv_heads, g, item % p.kv_heads, 1, part);
     });
 
   if (bias_gradient == nullptr) return;
   parallel(p.bias_heads, [&](int64_t first, int64_t last) {
     for (int64_t head = first; head < last; ++head)
-      for (int thread = 0; thread < threads(); ++thread)
+      for (int64_t part = 0; part < parts; ++part)
         for (size_t pattern = 0; pattern < groups.example.size(); ++pattern) {
           const int64_t g = groups.example[pattern];
           const int keys = groups.keys(g), wide = padded(keys);
-          const float* from = &table_gradients[thread * per_thread + head * tables.per_head + tables.start[pattern]];
+          const float* from = &table_gradients[part * per_part + head * tables.per_head + tables.start[pattern]];
           for (int i = 0; i < groups.queries(g); ++i)
             for (int j = 0; j < keys; ++j)
               bias_gradient[(head * p.slots + groups.q_slots[groups.q_start[g] + i]) * p.slots +

@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 
 namespace regard {
 
@@ -121,6 +124,56 @@ inline vec exp(vec x) {
   vec result;
   std::memcpy(&result, &whole, sizeof result);
   return x < splat(-87.3f) ? vec{} : result;
+}
+
+// What 2^i / 2^kTableBits is for the lanes i of a vector: rounding an exponent to such steps leaves less to a polynomial.
+#if defined(__clang__)
+constexpr int kTableBits = 0;  // no shuffle by a variable
+#else
+constexpr int kTableBits = W == 16 ? 4 : W == 8 ? 3 : 2;
+#endif
+constexpr int kDegree = kTableBits == 4 ? 3 : kTableBits == 3 ? 4 : kTableBits == 2 ? 5 : 7;
+
+struct PowersOfTwo {
+  float root[W]{}, taylor[8]{};  // 2^(i / 2^kTableBits) and ln(2)^k / k!
+
+  constexpr PowersOfTwo() {
+    double step = 2, power = 1, term = 1;
+    for (int bit = 0; bit < kTableBits; ++bit) {
+      const double square = step;
+      for (int newton = 0; newton < 8; ++newton) step = (step + square / step) / 2;
+    }
+    for (int i = 0; i < W; ++i, power *= step) root[i] = static_cast<float>(power);
+    for (int k = 0; k < 8; ++k, term *= 0.69314718055994531 / k) taylor[k] = static_cast<float>(term);
+  }
+};
+alignas(64) constexpr PowersOfTwo kPowers;
+
+// 2^(x y) for |x y| < 2^17 with about one unit in the last place: the product is not rounded.
+inline vec power_of_two(vec x, vec y) {
+  const vec shift = splat(1.5f * (1 << (23 - kTableBits)));  // adding it rounds to a step of the table
+  const vec rounded = x * y + shift, n = rounded - shift, r = x * y - n;
+  vec p = splat(kPowers.taylor[kDegree]);
+#pragma GCC unroll 8
+  for (int k = kDegree - 1; k > 0; --k) p = p * r + splat(kPowers.taylor[k]);
+  ivec bits;
+  std::memcpy(&bits, &rounded, sizeof bits);
+#if defined(__clang__)
+  p = p * r + splat(1.f);
+#else
+  const vec root = __builtin_shuffle(load(kPowers.root), bits);  // by the low bits of each lane
+  p = root * r * p + root;
+#endif
+#if defined(__AVX512F__)
+  return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  ivec whole;
+  std::memcpy(&whole, &p, sizeof whole);
+  whole = whole + (bits >> kTableBits << 23);
+  vec result;
+  std::memcpy(&result, &whole, sizeof result);
+  return n < splat(-126.f) ? vec{} : n >= splat(128.f) ? splat(kInf) : result;
+#endif
 }
 
 // ln(x) for normal positive x, and -inf for 0: x = m 2^e with m in [sqrt(1/2), sqrt(2)), then a polynomial in m - 1.

@@ -7,6 +7,8 @@
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "decode.h"
 #include "grouped.h"
 #include "linear.h"
@@ -15,11 +17,14 @@
 
 namespace regard {
 
-void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
-  at::parallel_for(0, n, 1, [&](int64_t first, int64_t last) { body(first, last); });
+void parallel(int64_t n, int64_t parts, const std::function<void(int64_t, int64_t, int64_t)>& body) {
+  parts = std::min(parts, n);
+  std::atomic<int64_t> next{0};
+  at::parallel_for(0, std::min<int64_t>(parts, threads()), 1, [&](int64_t, int64_t) {
+    for (int64_t part = next++; part < parts; part = next++) body(n * part / parts, n * (part + 1) / parts, part);
+  });
 }
 int threads() { return at::get_num_threads(); }
-int this_thread() { return at::get_thread_num(); }
 bool poison() {
   return at::globalContext().deterministicAlgorithms() && at::globalContext().deterministicFillUninitializedMemory();
 }
@@ -345,7 +350,7 @@ std::vector<Tensor> selective_scan_backward(const Tensor& gradient, const std::o
 // How many threads a loop of 64 rounds is really given: PyTorch's number, if the library was built to use them.
 int64_t threads_in_use() {
   std::vector<char> seen(threads(), 0);
-  parallel(64, [&](int64_t, int64_t) { seen[this_thread()] = 1; });
+  at::parallel_for(0, 64, 1, [&](int64_t, int64_t) { seen[at::get_thread_num()] = 1; });
   return std::count(seen.begin(), seen.end(), 1);
 }
 

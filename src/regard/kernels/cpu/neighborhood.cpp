@@ -298,9 +298,10 @@ void neighborhood_backward(const NeighborhoodProblem& p, const float* lse, Rows 
   const std::vector<float> biases = p.bias ? padded_bias(p, plan) : std::vector<float>();
   const int64_t columns = static_cast<int64_t>(plan.columns.size()), repeat = p.heads / p.kv_heads;
   const int64_t per_head = plan.bias_rows * plan.bias_row;
-  std::vector<float> bias_sums(bias_gradient ? threads() * p.heads * per_head : 0, 0.f);
+  const int64_t parts = bias_gradient ? parts_with(p.heads * per_head) : kParts * threads();
+  std::vector<float> bias_sums(bias_gradient ? parts * p.heads * per_head : 0, 0.f);
 
-  const auto one = [&](int64_t b, int64_t kv_head, const Column& column) {
+  const auto one = [&](int64_t b, int64_t kv_head, const Column& column, int64_t part) {
     Scratch& memory = scratch();
     const int queries = static_cast<int>(column.queries.size()), blocks = padded(column.keys) / W;
     const int most = static_cast<int>(plan.outer.kernel * plan.middle.kernel) * blocks;
@@ -338,7 +339,7 @@ void neighborhood_backward(const NeighborhoodProblem& p, const float* lse, Rows 
                                lse_gradient ? lse_gradient[place] : 0.f);
         }
         if (bias_gradient) {
-          float* to = &bias_sums[(this_thread() * p.heads + head) * per_head];
+          float* to = &bias_sums[(part * p.heads + head) * per_head];
           for (int i = 0; i < queries; ++i)
             for (int g = 0; g < sight.count; ++g) {
               float* at = to + sight.bias_at(plan, column, i, g);
@@ -377,17 +378,17 @@ void neighborhood_backward(const NeighborhoodProblem& p, const float* lse, Rows 
   for (int64_t turn = 0; turn < turns; ++turn) {
     const int64_t here = (columns - turn + turns - 1) / turns;
     if (here <= 0) break;
-    parallel(p.batch * p.kv_heads * here, [&](int64_t begin, int64_t end) {
+    parallel(p.batch * p.kv_heads * here, parts, [&](int64_t begin, int64_t end, int64_t part) {
       for (int64_t item = begin; item < end; ++item)
-        one(item / here / p.kv_heads, item / here % p.kv_heads, plan.columns[turn + item % here * turns]);
+        one(item / here / p.kv_heads, item / here % p.kv_heads, plan.columns[turn + item % here * turns], part);
     });
   }
 
   if (bias_gradient == nullptr) return;
   const int64_t wide = 2 * plan.last.kernel - 1;
-  for (int thread = 0; thread < threads(); ++thread)
+  for (int64_t part = 0; part < parts; ++part)
     for (int64_t row = 0; row < p.heads * plan.bias_rows; ++row) {
-      const float* from = &bias_sums[thread * p.heads * per_head + row * plan.bias_row + plan.bias_pad];
+      const float* from = &bias_sums[part * p.heads * per_head + row * plan.bias_row + plan.bias_pad];
       for (int64_t j = 0; j < wide; ++j) bias_gradient[row * wide + j] += from[j];
     }
 }

@@ -41,29 +41,99 @@ struct Lanes {
   int64_t state(const ScanProblem& p) const { return (batch * p.channels + channel) * p.states; }
 };
 
-// One step of all states: h = e^(dt a) h + dt x b; returns the sum of c h. N is the number of states, 0 if not known.
-template <int N>
-inline vec step(int states, float* h, const float* a, vec dt, vec x, const float* b, const float* c) {
-  const int count = N ? N : states;
-  const vec entering = dt * x;
-  vec y{};
-#pragma GCC unroll 4
-  for (int n = 0; n < count; ++n) {
-    const vec next = exp(dt * load(a + n * W)) * load(h + n * W) + entering * splat(b[n]);
-    store(h + n * W, next);
-    y += next * splat(c[n]);
-  }
-  return y;
+// Exponents beyond these are 0 or infinite as well; what is not a number stays so.
+inline vec bounded(vec x) { return x > splat(4096.f) ? splat(4096.f) : x < splat(-4096.f) ? splat(-4096.f) : x; }
+
+// e^(dt a) from a times log2(e).
+template <bool Gentle>
+inline vec decay(vec dt, vec rate) {
+  return Gentle ? power_of_two(dt, rate) : power_of_two(bounded(dt * rate), splat(1.f));
 }
 
-template <int N>
-void run(const ScanProblem& p, const Lanes& lanes, const float* a, float* h, float* y) {
-  const vec skip = p.skip ? take(p.skip + lanes.channel, lanes.here) : vec{};
-  for (int64_t t = 0; t < p.length; ++t) {
-    const int64_t at = lanes.at(p, t), row = (lanes.batch * p.length + t) * p.states;
-    const vec x = take(p.x + at, lanes.here), dt = take(p.dt + at, lanes.here);
-    give(y + at, step<N>(p.states, h, a, dt, x, p.b + row, p.c + row) + skip * x, lanes.here);
+// One strip of lanes on its way through time.
+struct Walk {
+  const ScanProblem& p;
+  const Lanes lanes;
+  float *rates, *h;  // [states][W]; rates are kept times log2(e)
+  vec steepest{};    // the largest rate of each lane
+
+  static size_t size(const ScanProblem& p) { return 2 * static_cast<size_t>(p.states) * W; }
+
+  Walk(const ScanProblem& p, int64_t item, Scratch& memory) : p(p), lanes(p, item) {
+    rates = memory.take(static_cast<size_t>(p.states) * W);
+    h = memory.take(static_cast<size_t>(p.states) * W);
+    to_lanes(p.a + lanes.channel * p.states, lanes.here, p.states, rates);
+    to_lanes(p.before ? p.before + lanes.state(p) : nullptr, lanes.here, p.states, h);
+    for (int n = 0; n < p.states; ++n) {
+      const vec rate = load(rates + n * W) * splat(1.44269504f);
+      store(rates + n * W, rate);
+      steepest = larger(larger(rate, -rate), steepest);
+    }
   }
+
+  int64_t row(int64_t t) const { return (lanes.batch * p.length + t) * p.states; }
+  vec x(int64_t t) const { return take(p.x + lanes.at(p, t), lanes.here); }
+  vec dt(int64_t t) const { return take(p.dt + lanes.at(p, t), lanes.here); }
+
+  // Whether `power_of_two` takes all exponents of some steps as they are. Also asks for their rows, which lie far apart.
+  bool gentle(int64_t first, int64_t last) const {
+    vec most{};
+    for (int64_t t = first; t < last; ++t) {
+      most = larger(larger(dt(t), -dt(t)), most);
+      __builtin_prefetch(p.x + lanes.at(p, t), 0, 3);
+    }
+    return largest(most * steepest) < 65536.f;
+  }
+
+  // h = e^(dt a) h + dt x b and y = c h + skip x over some steps; N is the number of states, 0 if not known.
+  template <int N, bool Gentle>
+  void advance(int64_t first, int64_t last, vec skip, float* y) {
+    const int count = N ? N : p.states;
+    vec held[N ? N : 1];
+    for (int n = 0; n < N; ++n) held[n] = load(h + n * W);
+    for (int64_t t = first; t < last; ++t) {
+      const float *b = p.b + row(t), *c = p.c + row(t);
+      const vec step = dt(t), entering = step * x(t);
+      vec sums = skip * x(t);
+#pragma GCC unroll 16
+      for (int n = 0; n < count; ++n) {
+        const vec next = decay<Gentle>(step, load(rates + n * W)) * (N ? held[n] : load(h + n * W)) + entering * splat(b[n]);
+        N ? void(held[n] = next) : store(h + n * W, next);
+        sums += next * splat(c[n]);
+      }
+      if (y) give(y + lanes.at(p, t), sums, lanes.here);
+    }
+    for (int n = 0; n < N; ++n) store(h + n * W, held[n]);
+  }
+
+  void advance(int64_t first, int64_t last, vec skip, float* y) {
+    const bool known = p.states == 16;
+    if (gentle(first, last))
+      known ? advance<16, true>(first, last, skip, y) : advance<0, true>(first, last, skip, y);
+    else
+      advance<0, false>(first, last, skip, y);
+  }
+
+  // The same without y; the state before each step and its decays are written down.
+  template <bool Gentle>
+  void advance_and_keep(int64_t first, int64_t last, float* before, float* decays) {
+    for (int64_t t = first; t < last; ++t) {
+      const float* b = p.b + row(t);
+      const vec step = dt(t), entering = step * x(t);
+      for (int n = 0; n < p.states; ++n, before += W, decays += W) {
+        const vec was = load(h + n * W), fade = decay<Gentle>(step, load(rates + n * W));
+        store(before, was);
+        store(decays, fade);
+        store(h + n * W, fade * was + entering * splat(b[n]));
+      }
+    }
+  }
+};
+
+// to[e] += the sum of terms[e] over its lanes, for the first `some` of them.
+inline void add_sums(vec (&terms)[W], int some, float* to) {
+  const vec sums = across(terms, [](vec a, vec b) { return a + b; });
+  give(to, take(to, some) + sums, some);
 }
 
 }  // namespace
@@ -73,14 +143,12 @@ void scan_forward(const ScanProblem& p, float* y, float* after) {
   parallel(items, [&](int64_t begin, int64_t end) {
     Scratch& memory = scratch();
     for (int64_t item = begin; item < end; ++item) {
-      const Lanes lanes(p, item);
-      memory.reset(2 * p.states * W);
-      float* a = memory.take(p.states * W);
-      float* h = memory.take(p.states * W);
-      to_lanes(p.a + lanes.channel * p.states, lanes.here, p.states, a);
-      to_lanes(p.before ? p.before + lanes.state(p) : nullptr, lanes.here, p.states, h);
-      (p.states == 16 ? run<16> : run<0>)(p, lanes, a, h, y);
-      if (after) from_lanes(h, lanes.here, p.states, after + lanes.state(p));
+      memory.reset(Walk::size(p));
+      Walk walk(p, item, memory);
+      const Lanes& lanes = walk.lanes;
+      const vec skip = p.skip ? take(p.skip + lanes.channel, lanes.here) : vec{};
+      for (int64_t t = 0; t < p.length; t += kSteps) walk.advance(t, std::min(p.length, t + kSteps), skip, y);
+      if (after) from_lanes(walk.h, lanes.here, p.states, after + lanes.state(p));
     }
   });
 }
@@ -89,67 +157,60 @@ void scan_backward(const ScanProblem& p, const float* y_gradient, const float* a
   const int64_t items = p.batch * ((p.channels + W - 1) / W), chunks = (p.length + kSteps - 1) / kSteps;
   const size_t states = static_cast<size_t>(p.states) * W, rows = static_cast<size_t>(p.batch * p.length * p.states);
   const size_t row = p.states;
-  // Sums over channels and batch go through one buffer a thread: every sum has one order for a number of threads.
+  // Sums over channels and batch go through one buffer a part: every sum has one order for a number of threads.
   std::vector<std::vector<float>> partial(threads());
-  parallel(items, [&](int64_t begin, int64_t end) {
+  parallel(items, threads(), [&](int64_t begin, int64_t end, int64_t part) {
     Scratch& memory = scratch();
-    std::vector<float>& mine = partial[this_thread()];
+    std::vector<float>& mine = partial[part];
     mine.resize(2 * rows + p.channels * (row + 1), 0.f);
     float *b_sums = mine.data(), *c_sums = b_sums + rows, *a_sums = c_sums + rows, *skip_sums = a_sums + p.channels * row;
     for (int64_t item = begin; item < end; ++item) {
-      const Lanes lanes(p, item);
-      memory.reset(states * (4 + chunks + 2 * kSteps));
+      memory.reset(Walk::size(p) + states * (3 + chunks + 2 * kSteps));
+      Walk walk(p, item, memory);
+      const Lanes& lanes = walk.lanes;
       float* a = memory.take(states);
-      float* h = memory.take(states);
       float* dh = memory.take(states);
       float* da = memory.take(states);
       float* kept = memory.take(states * chunks);       // the state before each chunk
       float* before = memory.take(states * kSteps);     // the state before each step of a chunk
-      float* decay = memory.take(states * kSteps);
+      float* decays = memory.take(states * kSteps);
       to_lanes(p.a + lanes.channel * p.states, lanes.here, p.states, a);
-      to_lanes(p.before ? p.before + lanes.state(p) : nullptr, lanes.here, p.states, h);
       to_lanes(after_gradient ? after_gradient + lanes.state(p) : nullptr, lanes.here, p.states, dh);
       std::fill_n(da, states, 0.f);
-      const auto advance = [&](int64_t t, float* save_decay) {
-        const int64_t at = lanes.at(p, t);
-        const float* b = p.b + (lanes.batch * p.length + t) * p.states;
-        const vec dt = take(p.dt + at, lanes.here), entering = dt * take(p.x + at, lanes.here);
-        for (int n = 0; n < p.states; ++n) {
-          const vec fade = exp(dt * load(a + n * W));
-          if (save_decay) store(save_decay + n * W, fade);
-          store(h + n * W, fade * load(h + n * W) + entering * splat(b[n]));
-        }
-      };
-      for (int64_t t = 0; t < p.length; ++t) {
-        if (t % kSteps == 0) std::copy_n(h, states, kept + t / kSteps * states);
-        advance(t, nullptr);
+      for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+        std::copy_n(walk.h, states, kept + chunk * states);
+        if (chunk + 1 < chunks) walk.advance(chunk * kSteps, (chunk + 1) * kSteps, vec{}, nullptr);
       }
       vec skip_gradient{};
       const vec skip = p.skip ? take(p.skip + lanes.channel, lanes.here) : vec{};
       for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
         const int64_t first = chunk * kSteps, last = std::min(p.length, first + kSteps);
-        std::copy_n(kept + chunk * states, states, h);
-        for (int64_t t = first; t < last; ++t) {
-          std::copy_n(h, states, before + (t - first) * states);
-          advance(t, decay + (t - first) * states);
-        }
+        std::copy_n(kept + chunk * states, states, walk.h);
+        walk.gentle(first, last) ? walk.advance_and_keep<true>(first, last, before, decays)
+                                 : walk.advance_and_keep<false>(first, last, before, decays);
         for (int64_t t = last - 1; t >= first; --t) {
-          const int64_t at = lanes.at(p, t), place = (lanes.batch * p.length + t) * p.states;
+          const int64_t at = lanes.at(p, t), place = walk.row(t);
           const float *b = p.b + place, *c = p.c + place, *old = before + (t - first) * states,
-                      *fades = decay + (t - first) * states;
-          const vec x = take(p.x + at, lanes.here), dt = take(p.dt + at, lanes.here), dy = take(y_gradient + at, lanes.here);
-          const vec entering = dt * x;
+                      *fades = decays + (t - first) * states;
+          const vec x = walk.x(t), dt = walk.dt(t), dy = take(y_gradient + at, lanes.here), entering = dt * x;
           vec through{}, fading{};  // sums over states of dh b, and of dh h_before decay a
-          for (int n = 0; n < p.states; ++n) {
-            const vec fade = load(fades + n * W), was = load(old + n * W), now = fade * was + entering * splat(b[n]);
-            const vec grad = load(dh + n * W) + dy * splat(c[n]);
-            const vec moved = grad * was * fade;
-            c_sums[place + n] += sum(dy * now);
-            b_sums[place + n] += sum(grad * entering);
-            through += grad * splat(b[n]);
-            fading += moved * load(a + n * W);
-            store(da + n * W, load(da + n * W) + moved * dt);
-            store(dh + n * W, grad * fade);
+          for (int start = 0; start < p.states; start += W) {
+            const int some = std::min(W, p.states - start);
+            vec to_b[W], to_c[W];
+            for (int e = 0; e < some; ++e) {
+              const int n = start + e;
+              const vec fade = load(fades + n * W), was = load(old + n * W), now = fade * was + entering * splat(b[n]);
+              const vec grad = load(dh + n * W) + dy * splat(c[n]), moved = grad * was * fade;
+              to_c[e] = dy * now;
+              to_b[e] = grad * entering;
+              through += grad * splat(b[n]);
+              fading += moved * load(a + n * W);
+              store(da + n * W, load(da + n * W) + moved * dt);
+              store(dh + n * W, grad * fade);
+            }
+            for (int e = some; e < W; ++e) to_b[e] = to_c[e] = vec{};
+            add_sums(to_b, some, b_sums + place + start);
+            add_sums(to_c, some, c_sums + place + start);
           }
           give(g.x + at, dt * through + skip * dy, lanes.here);
           give(g.dt + at, x * through + fading, lanes.here);
