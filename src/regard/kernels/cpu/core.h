@@ -315,17 +315,33 @@ inline void softmax_rows(float* s, int lds, int rows, int blocks, float* totals,
   }
 }
 
-// In place: s -> p = exp(s - lse), and dp -> p (dp - sum of p dp + lse_gradient).
-inline void softmax_row_gradient(float* s, float* dp, int blocks, float lse, float lse_gradient) {
-  const vec shift = splat(lse);
-  vec inner{};
-  for (int g = 0; g < blocks; ++g) {
-    const vec x = exp(load(s + g * W) - shift);
-    store(s + g * W, x);
-    inner += x * load(dp + g * W);
+// In place, for each row: s -> p = exp(s - lse), and dp -> p (dp - sum of p dp + lse_gradient).
+inline void softmax_gradient_rows(float* s, float* dp, int lds, int rows, int blocks, const float* lse,
+                                  const float* lse_gradient = nullptr) {
+  for (int first = 0; first < rows; first += W) {
+    const int here = std::min(W, rows - first);
+    vec each[W];
+    for (int i = 0; i < here; ++i) {
+      const int64_t row = static_cast<int64_t>(first + i) * lds;
+      const vec shift = splat(lse[first + i]);
+      vec inner{};
+      for (int g = 0; g < blocks; ++g) {
+        const vec x = exp(load(s + row + g * W) - shift);
+        store(s + row + g * W, x);
+        inner += x * load(dp + row + g * W);
+      }
+      each[i] = inner;
+    }
+    for (int i = here; i < W; ++i) each[i] = vec{};
+    float inner[W];
+    store(inner, across(each, [](vec a, vec b) { return a + b; }));
+    for (int i = 0; i < here; ++i) {
+      const int64_t row = static_cast<int64_t>(first + i) * lds;
+      const vec delta = splat(lse_gradient ? inner[i] - lse_gradient[first + i] : inner[i]);
+      for (int g = 0; g < blocks; ++g)
+        store(dp + row + g * W, load(s + row + g * W) * (load(dp + row + g * W) - delta));
+    }
   }
-  const vec delta = splat(sum(inner) - lse_gradient);
-  for (int g = 0; g < blocks; ++g) store(dp + g * W, load(s + g * W) * (load(dp + g * W) - delta));
 }
 
 inline float dot(const float* a, const float* b, int stride) {

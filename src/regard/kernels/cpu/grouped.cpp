@@ -337,9 +337,9 @@ void grouped_backward(const GroupedProblem& p, const Groups& groups, const float
           if (packed.blocks) {
             strip_logits(packed, q, here, p.width, p.bias ? &tables.values[corner] : nullptr, s);
             scores(go, value_stride, here, packed.vt, packed.blocks, p.value_width, ds, wide);
-            for (int i = 0; i < here; ++i)
-              softmax_row_gradient(s + i * wide, ds + i * wide, packed.blocks,
-                                   lse[(b * rows + q_rows[start + i]) * p.heads + head], 0);
+            float logs[64];
+            for (int i = 0; i < here; ++i) logs[i] = lse[(b * rows + q_rows[start + i]) * p.heads + head];
+            softmax_gradient_rows(s, ds, wide, here, packed.blocks, logs);
             if (bias_gradient) {
               float* to = &table_gradients[sums_of * per_part + corner];
               for (int j = 0; j < here * wide; j += W) store(to + j, load(to + j) + load(ds + j));

@@ -5,12 +5,13 @@ namespace regard {
 // The rule of Generalized Neighborhood Attention (arXiv 2504.16922), in ranks inside a group of equal position modulo
 // the gap: queries come in groups of `stride` that share the window of their leader.
 Axis::Axis(int64_t length, int64_t kernel, int64_t stride, int64_t gap, bool causal)
-    : length(length), kernel(kernel), gap(gap), first(length), count(length) {
+    : length(length), kernel(kernel), gap(gap), first(length), count(length), ranks(length) {
   for (int64_t position = 0; position < length; ++position) {
     const int64_t group = position % gap, rank = position / gap, size = (length - group + gap - 1) / gap;
     const int64_t leader = std::min(rank / stride * stride + (causal ? stride - 1 : stride / 2), size - 1);
     const int64_t start = causal ? std::max<int64_t>(leader - kernel + 1, 0)
                                  : std::min(std::max<int64_t>(leader - kernel / 2, 0), size - kernel);
+    ranks[position] = static_cast<int32_t>(rank);
     first[position] = static_cast<int32_t>(start * gap + group);
     count[position] = static_cast<int32_t>((causal ? rank + 1 : start + kernel) - start);
   }
@@ -24,8 +25,9 @@ struct Column {
   int32_t first_key, keys;
 };
 
+constexpr size_t kMostQueries = 32;
+
 std::vector<Column> columns_within(const Axis& axis, int most_keys) {
-  constexpr size_t most_queries = 32;
   std::vector<Column> columns;
   for (int64_t group = 0; group < axis.gap; ++group) {
     int64_t start = 0, end = 0;  // ranks of keys
@@ -33,7 +35,7 @@ std::vector<Column> columns_within(const Axis& axis, int most_keys) {
     for (int64_t position = group; position < axis.length; position += axis.gap) {
       const int64_t from = axis.rank(axis.first[position]), to = from + axis.count[position];
       const int64_t low = fresh ? from : std::min(start, from), high = fresh ? to : std::max(end, to);
-      if (fresh || high - low > most_keys || columns.back().queries.size() == most_queries) {
+      if (fresh || high - low > most_keys || columns.back().queries.size() == kMostQueries) {
         columns.emplace_back();
         start = from;
         end = to;
@@ -147,6 +149,8 @@ struct Strip {
   }
 };
 
+constexpr int kKeys = 8;  // that share a sum over queries; divides W
+
 // The blocks that the queries of one outer row see, and the lanes of each query.
 struct Sight {
   int count = 0, queries;
@@ -154,11 +158,11 @@ struct Sight {
   float **dk, **dv;
   int64_t* bias;  // offset of the row of biases for each block
   int *lo, *hi;   // lanes in play in each block, for some of the queries
-  vec* masks;     // (queries, blocks of an outer row)
+  float* masks;   // (queries, most blocks, W): what is added to logits
   int *from, *to; // first and last key of each query
 
   static size_t size(int most, int queries, int blocks) {
-    return 12 * most + 4 * most + 2 * queries + static_cast<size_t>(queries) * blocks * W + 64;
+    return 12 * most + 4 * most + 2 * queries + static_cast<size_t>(queries) * most * W + 64;
   }
 
   Sight(const Plan& plan, const Column& column, const Strip& strip, Scratch& memory) {
@@ -173,15 +177,17 @@ struct Sight {
     bias = memory.take_of<int64_t>(most);
     lo = memory.take_of<int>(most);
     hi = memory.take_of<int>(most);
-    masks = reinterpret_cast<vec*>(memory.take(static_cast<size_t>(queries) * strip.blocks * W));
+    masks = memory.take(static_cast<size_t>(queries) * most * W);
     from = memory.take_of<int>(queries);
     to = memory.take_of<int>(queries);
     for (int i = 0; i < queries; ++i) {
       const int32_t position = column.queries[i];
       from[i] = static_cast<int>((plan.last.first[position] - column.first_key) / plan.last.gap);
       to[i] = from[i] + plan.last.count[position];
-      for (int block = 0; block < strip.blocks; ++block)
-        masks[i * strip.blocks + block] = lane_mask(from[i] - block * W, to[i] - block * W);
+      for (int g = 0; g < most; ++g) {
+        const int first = g % strip.blocks * W;
+        store(masks + (i * most + g) * W, lane_mask(from[i] - first, to[i] - first));
+      }
     }
   }
 
@@ -215,6 +221,23 @@ struct Sight {
     return bias[g] + plan.last.rank(column.first_key) - plan.last.rank(column.queries[i]);
   }
 
+  // y[g][lane] += sum_i p[i][g][lane] x_i, a few keys at a time and only the queries that see one of them.
+  void spread(const float* p, int lds, const float* x, int stride, int blocks, float* const* y) const {
+    const Parts across(stride / W, kWidth);
+    for (int block = 0; block < blocks; ++block)
+      for (int lane = 0; lane < W; lane += kKeys) {
+        int first = 0, last = queries;  // windows move on with their queries
+        while (first < last && to[first] <= block * W + lane) ++first;
+        while (first < last && from[last - 1] >= block * W + lane + kKeys) --last;
+        if (first == last) continue;
+        const Blocks seers{&x, &first, &last, 1};
+        for (int g = block; g < count; g += blocks)
+          for (int a = 0, c = 0; a < across.count; c += across.of(a++))
+            mix_of(kKeys, across.of(a), std::make_integer_sequence<int, kRows * kWidth>{})(
+                p + g * W + lane, 1, lds, seers, c * W, stride, y[g] + lane * stride + c * W, stride, true);
+      }
+  }
+
   // The lanes of each block that some query of [first, last) sees.
   Blocks of(const float* const* at, int blocks, int first, int last) {
     const int low = *std::min_element(from + first, from + last), high = *std::max_element(to + first, to + last);
@@ -226,13 +249,11 @@ struct Sight {
   }
 };
 
-void add_bias_and_mask(const Plan& plan, const Column& column, const Sight& sight, int blocks, const float* bias, float* s) {
+void add_bias(const Plan& plan, const Column& column, const Sight& sight, const float* bias, float* s) {
   for (int i = 0; i < sight.queries; ++i)
     for (int g = 0; g < sight.count; ++g) {
       float* to = s + (i * sight.count + g) * W;
-      vec x = load(to) + sight.masks[i * blocks + g % blocks];
-      if (bias != nullptr) x += load(bias + sight.bias_at(plan, column, i, g));
-      store(to, x);
+      store(to, load(to) + load(bias + sight.bias_at(plan, column, i, g)));
     }
 }
 
@@ -271,10 +292,9 @@ void neighborhood_forward(const NeighborhoodProblem& p, Rows out, float* lse) {
         for (int64_t head = kv_head * repeat; head < (kv_head + 1) * repeat; ++head) {
           for (int i = 0; i < queries; ++i)
             read(p.q, p.q.at(b, plan.token(row, column.queries[i]), head), p.width, q + i * stride, stride, p.scale);
-          scores(q, stride, queries, sight.kt, sight.count, p.width, s, lds);
-          add_bias_and_mask(plan, column, sight, blocks,
-                            p.bias ? &biases[head * plan.bias_rows * plan.bias_row] : nullptr, s);
-          float totals[32], logs[32];
+          scores(q, stride, queries, sight.kt, sight.count, p.width, s, lds, sight.masks, most * W);
+          if (p.bias) add_bias(plan, column, sight, &biases[head * plan.bias_rows * plan.bias_row], s);
+          float totals[kMostQueries], logs[kMostQueries];
           softmax_rows(s, lds, queries, sight.count, totals, logs);
           for (int i = 0; i < queries; i += kNeighbours) {
             const int some = std::min(kNeighbours, queries - i);
@@ -330,14 +350,16 @@ void neighborhood_backward(const NeighborhoodProblem& p, const float* lse, Rows 
           read(p.q, p.q.at(b, token, head), p.width, q + i * stride, stride, p.scale);
           read(out_gradient, out_gradient.at(b, token, head), p.value_width, go + i * value_stride, value_stride);
         }
-        scores(q, stride, queries, sight.kt, sight.count, p.width, s, lds);
-        add_bias_and_mask(plan, column, sight, blocks, p.bias ? &biases[head * per_head] : nullptr, s);
+        scores(q, stride, queries, sight.kt, sight.count, p.width, s, lds, sight.masks, most * W);
+        if (p.bias) add_bias(plan, column, sight, &biases[head * per_head], s);
         scores(go, value_stride, queries, sight.vt, sight.count, p.value_width, ds, lds);
+        float logs[kMostQueries], log_gradients[kMostQueries];
         for (int i = 0; i < queries; ++i) {
           const int64_t place = (b * plan.tokens + plan.token(row, column.queries[i])) * p.heads + head;
-          softmax_row_gradient(s + i * lds, ds + i * lds, sight.count, lse[place],
-                               lse_gradient ? lse_gradient[place] : 0.f);
+          logs[i] = lse[place];
+          log_gradients[i] = lse_gradient ? lse_gradient[place] : 0.f;
         }
+        softmax_gradient_rows(s, ds, lds, queries, sight.count, logs, log_gradients);
         if (bias_gradient) {
           float* to = &bias_sums[(part * p.heads + head) * per_head];
           for (int i = 0; i < queries; ++i)
@@ -351,9 +373,8 @@ void neighborhood_backward(const NeighborhoodProblem& p, const float* lse, Rows 
           const Blocks near = sight.of(sight.k, blocks, i, i + some);
           mix(ds + i * lds, lds, some, near, stride, stride, q_out + i * stride, stride);
         }
-        const Blocks all = sight.of(sight.k, blocks, 0, queries);
-        spread(s, lds, queries, go, value_stride, sight.dv, all);
-        spread(ds, lds, queries, q, stride, sight.dk, all);
+        sight.spread(s, lds, go, value_stride, blocks, sight.dv);
+        sight.spread(ds, lds, q, stride, blocks, sight.dk);
         for (int i = 0; i < queries; ++i)
           write(dq, dq.at(b, plan.token(row, column.queries[i]), head), p.width, q_out + i * stride, p.scale);
       }

@@ -7,10 +7,10 @@ namespace regard {
 // What the tokens of one axis see: keys first, first + gap, ... (count of them).
 struct Axis {
   int64_t length, kernel, gap;
-  std::vector<int32_t> first, count;
+  std::vector<int32_t> first, count, ranks;
 
   Axis(int64_t length, int64_t kernel, int64_t stride, int64_t gap, bool causal);
-  int32_t rank(int64_t position) const { return static_cast<int32_t>(position / gap); }
+  int32_t rank(int64_t position) const { return ranks[position]; }
 };
 
 struct NeighborhoodProblem {
