@@ -75,6 +75,8 @@ def test_both_stages_learn_and_leave_the_teacher_alone(build, tmp_path):
     assert core
     assert all(".core." in name for name in core)
     add_low_rank(student, rank=2, alpha=4)
+    trained = {name for name, p in student.named_parameters() if p.requires_grad}
+    assert {name for name in trained if ".lora_" not in name} == core
     second = train(NextToken(student), task, config, cpu=True)
     assert second.losses[-1] < second.losses[0]
     assert all(torch.equal(value, teacher.state_dict()[name]) for name, value in before.items())
@@ -125,6 +127,17 @@ def test_our_converted_models_stream():
     for place in range(tokens.shape[1]):
         logits, state = student.step(tokens[:, place], state)
         torch.testing.assert_close(logits, whole[:, place], rtol=1e-4, atol=1e-5)
+
+
+def test_stage_2_can_leave_what_is_new():
+    student = add_low_rank(convert(ours(), **CORE), freeze_new=True)
+    assert all(".lora_" in name for name, p in student.named_parameters() if p.requires_grad)
+
+
+def test_heads_start_with_the_feature_map_of_their_keys():
+    core = next(iter(converted_layers(convert(ours(), **CORE)).values())).core
+    assert torch.equal(core.phi_q.weight[[0, 2]], core.phi_k.weight)
+    assert torch.equal(core.phi_q.weight[[1, 3]], core.phi_k.weight)
 
 
 def test_conversion_refuses_what_it_cannot_do():

@@ -3,7 +3,7 @@
     >>> from regard.linearize import Imitation, NextToken, add_low_rank, convert
     >>> student = convert(teacher)                                       # a LlamaForCausalLM, or a model of this library
     >>> train(student, Imitation(task, teacher), TrainConfig(lr=1e-3))   # stage 1: say what softmax attention said
-    >>> add_low_rank(student)                                            # stage 2: low-rank updates of q, k and v ...
+    >>> add_low_rank(student)                                            # stage 2: they and low-rank updates of q, k and v
     >>> train(NextToken(student), task, TrainConfig(lr=5e-4))            # ... learn to predict text
     >>> student.generate(prompt)                                         # Hugging Face's own, on a cache that does not grow
 
@@ -348,13 +348,15 @@ class LowRank(nn.Module):
         return linear
 
 
-def add_low_rank(student: M, rank: int = 8, alpha: float = 16.0) -> M:
-    """Stage 2: what was learned so far is frozen; q, k and v of the converted layers get low-rank updates, to be trained.
+def add_low_rank(student: M, rank: int = 8, alpha: float = 16.0, *, freeze_new: bool = False) -> M:
+    """Stage 2: q, k and v of the converted layers get low-rank updates, which are trained together with what is new.
 
-    (Whether the paper trains its new parts on in stage 2 is not known.)
+    (Section 3.2 of the paper fine-tunes "the entire model", by low-rank updates of q, k and v: a reading, which leaves the
+    teacher's weights alone. `freeze_new` trains the updates only, as LoLCATs does.)
     """
     student.requires_grad_(False)
     for layer in converted_layers(student).values():
+        layer.core.requires_grad_(not freeze_new)
         for name in _projections(layer)[:3]:
             setattr(layer, name, LowRank(getattr(layer, name), rank, alpha))
     student.lizard |= {"rank": rank, "alpha": alpha}  # type: ignore[operator]

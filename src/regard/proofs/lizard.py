@@ -18,6 +18,7 @@ from regard.checkpoint import load_authors_weights
 from regard.flops import count_params
 from regard.linearize import (
     Imitation,
+    LowRank,
     NextToken,
     add_low_rank,
     attention_layers,
@@ -173,10 +174,10 @@ def core_as_written() -> Check:
         with torch.no_grad():
             q, k, v = mixer.project(x)
             core: LizardCore = mixer.core
-            features = [
-                torch.cat([F.softmax(y, -1), F.softmax(-y, -1)], -1)
-                for y in (q @ core.phi_q.weight.T, k @ core.phi_k.weight.T)
-            ]
+            features = []
+            for part, maps in ((q, core.phi_q), (k, core.phi_k)):
+                scores = torch.stack([part[:, :, h] @ weight.T for h, weight in enumerate(maps.weight)], 2)
+                features.append(torch.cat([F.softmax(scores, -1), F.softmax(-scores, -1)], -1))
             wanted = _global_written_out(*features, v, _gate_written_out(core.gate, x, k))  # type: ignore[call-arg]
             if core.alpha is not None:
                 wanted = wanted + core.alpha * _anchor_written_out(q, k, v, window, core.meta)
@@ -312,22 +313,28 @@ class _Setup:
         self.size = {"dim": 16, "depth": 1, "hidden": 24} if smoke else {"dim": 64, "depth": 2, "hidden": 176}
         self.seeds = SEEDS[:1] if smoke else SEEDS
         both: dict[str, Any] = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+        # Stage 2 sees less text than the teacher did, which is short of its best: more text alone would help.
         self.teaching = TrainConfig(steps=2 if smoke else 350, batch_size=8, lr=3e-3, weight_decay=0.1)
-        self.stage1 = TrainConfig(steps=2 if smoke else 80, batch_size=4, lr=5e-3, **both)
-        self.stage2 = TrainConfig(steps=2 if smoke else 100, batch_size=8, lr=3e-3, **both)
+        self.stage1 = TrainConfig(steps=2 if smoke else 200, batch_size=4, lr=1e-2, **both)
+        self.stage2 = TrainConfig(steps=2 if smoke else 300, batch_size=8, lr=1e-2, **both)
         windows = self.task.eval_set  # a third of them, spread over the text, tells these models apart
         self.task.eval_set = Subset(windows, range(2) if smoke else range(0, len(windows), 3))
 
     @property
     def words(self) -> str:
         """The setting in words."""
+        taught = self.teaching.steps * self.teaching.batch_size
+        shares = [round(100 * at.steps * at.batch_size / taught) for at in (self.stage1, self.stage2)]
         return (
             f"LLaMA of transformers with {self.size['depth']} layers of {self.size['dim']} channels, 4 heads on 2 key heads, "
             f"trained here {self.teaching.steps} steps of 8 on characters of {self.task.corpus}, context {self.length}; window "
-            f"{CORE['window_size']}, m 4, {CORE['feature_dim']} features; stage 1 {self.stage1.steps} steps of 4 at lr "
-            f"{self.stage1.lr} (a short training needs more than the paper's 1e-3), stage 2 {self.stage2.steps} steps of 8 at "
-            f"lr {self.stage2.lr}, rank 8; alpha begins at 1/2, chosen after two steps on an untrained teacher, where the "
-            "paper says nothing"
+            f"{CORE['window_size']}, m 4, {CORE['feature_dim']} features; stage 1 {self.stage1.steps} steps of 4, stage 2 "
+            f"{self.stage2.steps} steps of 8 ({shares[0]} and {shares[1]} % of the teacher's text; the paper takes 20 million "
+            f"tokens each), both at lr {self.stage2.lr}, the largest that the paper tried (it chose 0.001 and 0.0005); rank 8; "
+            "alpha begins at 1/2, chosen after two steps on an untrained teacher, where the paper says nothing. Changed after "
+            "first looks: 80 and 100 steps of the stages at lr 0.005 and 0.003, one feature map for all heads, new parts "
+            "frozen in stage 2 (the paper fine-tunes the entire model) closed 45 % of the gap; one look at a teacher of 1,000 "
+            "steps (1.91 bits, 3.07 after stage 1, 2.21 after 400 steps of stage 2) closed 74 %, 16 % above it"
         )
 
 
@@ -363,9 +370,24 @@ def _finished(preset: Preset, seed: int) -> nn.Module:
     return student.eval()
 
 
-def _shallow(student: nn.Module) -> nn.Module:
-    """A copy that shares weights and can be given updates of its own."""
-    return copy.deepcopy(student, {id(tensor): tensor for tensor in (*student.parameters(), *student.buffers())})
+@cache
+def _trained_on(preset: Preset) -> nn.Module:
+    """The teacher after stage 2 of its own: low-rank updates of q, k and v, the same rank and budget."""
+    at, teacher = _setup(preset), _shallow(_teacher(preset).requires_grad_(False))
+
+    def update() -> nn.Module:
+        for attention in attention_layers(teacher).values():
+            for name in ("q_proj", "k_proj", "v_proj"):
+                setattr(attention, name, LowRank(getattr(attention, name), rank=8, alpha=16.0))
+        return teacher
+
+    train(NextToken(seeded(update, 0)), at.task, at.stage2, cpu=True)
+    return teacher.eval()
+
+
+def _shallow(model: nn.Module) -> nn.Module:
+    """A copy that shares what is frozen, so that it can be trained on by itself."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in model.parameters() if not tensor.requires_grad})
 
 
 def _bits(preset: Preset, model: nn.Module) -> float:
@@ -375,9 +397,10 @@ def _bits(preset: Preset, model: nn.Module) -> float:
 def two_stages(preset: Preset) -> Check:
     """Imitation with and without each part; what is left of the teacher's loss after each stage."""
     at = _setup(preset)
-    teacher = _bits(preset, _teacher(preset))
+    teacher, further = _bits(preset, _teacher(preset)), _bits(preset, _trained_on(preset))
     figures: dict[str, float | int | list[float]] = {
         "teacher_bits_per_byte": round(teacher, 4),
+        "teacher_after_the_same_updates_bits_per_byte": round(further, 4),
         "error_of_zeros": round(Imitation(at.task, _teacher(preset)).trivial()["error"], 6),
     }
     error, bits = {}, {}
@@ -393,19 +416,24 @@ def two_stages(preset: Preset) -> Check:
     figures |= {
         "stage2_bits_per_byte": [round(value, 4) for value in after],
         "gap_closed_by_stage2": round(closed, 3),
+        "stage2_over_teacher": round(fmean(after) / teacher, 4),
+        "stage2_over_teacher_after_the_same_updates": round(fmean(after) / further, 4),
         "new_parameters": sum(count_params(layer.core) for layer in converted_layers(_finished(preset, 0)).values()),
         "parameters_of_stage2": trainable,
         "parameters_of_teacher": count_params(_teacher(preset)),
     }
     others = [name for name in ABLATIONS if name != "full"]
     return Check(
-        "Lizard imitates softmax attention better than without its gate, its window or its meta logits, and low-rank updates "
-        "then close most of the gap to the teacher",
-        holds=all(error["full"] < error[name] and bits["full"] < bits[name] for name in others) and closed > 0.5,
+        "Lizard imitates softmax attention better than without its gate, its window or its meta logits, and stage 2 closes "
+        "most of the gap to the teacher, to within 5 % of its loss",
+        holds=all(error["full"] < error[name] and bits["full"] < bits[name] for name in others)
+        and closed > 0.5
+        and fmean(after) <= 1.05 * teacher,
         figures=figures,
         setting=f"{at.words}; seeds {list(at.seeds)} of the students, one teacher; error of attention outputs summed over "
         "layers, bits per byte of a third of the held-out text; holds if the full form's means of error and of bits after "
-        "stage 1 are below those of each ablation, and stage 2 closes more than half of what stage 1 leaves",
+        "stage 1 are below those of each ablation, stage 2 closes more than half of what stage 1 leaves, and its mean is at "
+        "most 1.05 times the teacher's; the teacher itself, given the same updates and budget, for comparison",
     )
 
 

@@ -84,21 +84,23 @@ def gated_linear_attention(
 class Hedgehog(nn.Module):
     r"""φ(x) = [softmax(x W), softmax(-x W)], features that are not negative (Zhang et al., 2024, arXiv 2402.04347).
 
-    One W for all heads of a layer; it starts orthogonal.
+    Every head has a W of its own, as there and in LoLCATs (whose defaults Lizard keeps where it says nothing); it starts
+    orthogonal, which is ours. (Lizard's Table 13 says softmax; its Section 4 writes exp for the same map.)
 
     Args:
-        head_dim: channels of x. features: of φ, even.
+        heads, head_dim: of x. features: of φ, even.
     """
 
-    def __init__(self, head_dim: int, features: int) -> None:
+    def __init__(self, heads: int, head_dim: int, features: int) -> None:
         super().__init__()
         checks.divisible("feature_dim", features, "its two halves", 2)
-        self.weight = nn.Parameter(torch.empty(features // 2, head_dim))
-        nn.init.orthogonal_(self.weight)
+        self.weight = nn.Parameter(torch.empty(heads, features // 2, head_dim))
+        for weight in self.weight.detach():
+            nn.init.orthogonal_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`(..., head_dim)` -> `(..., features)` in float32 or wider."""
-        scores = F.linear(x, self.weight).to(torch.promote_types(x.dtype, torch.float32))
+        """`(..., heads, head_dim)` -> `(..., heads, features)` in float32 or wider."""
+        scores = torch.einsum("...hd,hfd->...hf", x, self.weight).to(torch.promote_types(x.dtype, torch.float32))
         return torch.cat([scores.softmax(-1), (-scores).softmax(-1)], -1)
 
 
@@ -113,8 +115,9 @@ class ForgetGate(nn.Module):
     | low_rank | sigmoid(x A B + b)^(1/16), GLA's | one a feature of a key head |
     | pooled | sigmoid(k, pooled to as many numbers as there are features)^(1/16), Liger's: no parameters | likewise |
 
-    The paper names its ablations without formulas: all but "scalar" are those of the works named. Biases, which the paper
-    does not speak of, start where γ is `start`. (Without them γ would start at 1/2: a memory of two tokens.)
+    All but "scalar" are those of the works named; the paper's ablation (Table 4) has one number a token of Mamba-2's form,
+    and neither root. Biases, which the paper does not have, start where γ is `start`. (Without them γ would start at 1/2: a
+    memory of two tokens.)
 
     Args:
         dim: channels of x. kv_heads, features: of the keys. kind: see above. start: γ of an untrained gate.

@@ -2,12 +2,12 @@
 
 Each softmax attention of a trained language model becomes the sum of two cheap ones: gated linear attention, whose gate
 also takes the place of rotary positions, and exact softmax over a short window with learned sinks. `regard.linearize`
-converts a model: it first learns to imitate the outputs of its attention, then low-rank updates of q, k and v learn to
-predict text.
+converts a model: what is new first learns to imitate the outputs of its attention, then learns, with low-rank updates of q,
+k and v, to predict text.
 
-The authors have released no code: this is a reconstruction from descriptions of the paper. Ours are, as said where they
-stand: one feature map for all heads of a layer, all initial values, the gates other than "scalar", and which layers of a
-hybrid keep softmax.
+The authors have released no code: this is a reconstruction from the text of the paper (its version 4). Ours are, as said
+where they stand: all initial values, the bias of the gate, the gates other than "scalar", and which layers of a hybrid keep
+softmax.
 """
 
 from __future__ import annotations
@@ -48,10 +48,11 @@ class LizardCore(nn.Module):
       \underbrace{\frac{\sum_{j=i-w+1}^{i} e^{q_i^\top k_j / \sqrt d}\, v_j}
       {\sum_{j=i-w+1}^{i} e^{q_i^\top k_j / \sqrt d} + \sum_{r=1}^{m} e^{t_r}}}_{\text{anchor window}}$$
 
-    The meta logits t stand in the denominator alone, for all heads of the layer: sinks that let the window say nothing.
-    (Descriptions differ; others speak of m learned keys and values.) Only the sum of their exponentials matters, so m changes
-    how fast it is learned. At the start, which is ours, t = 0, α = 1/2 and both feature maps are equal. (The first branch is
-    a mean of values already: with α = 1 the sum would start at twice the scale.)
+    (Section 3.1.) The meta logits t stand in the denominator alone, for all heads of the layer: sinks that let the window say
+    nothing. (The paper prints the sum of t and calls t logits, hence exp.) Only the sum of their exponentials matters, so m
+    changes how fast it is learned. φ_q is of each query head, φ_k of each key head, so that heads which share keys share a
+    memory. At the start, which is ours, t = 0, α = 1/2 and φ_q of a head equals φ_k of its keys. (The first branch is a mean
+    of values already: with α = 1 the sum would start at twice the scale.)
 
     Args:
         dim: channels of x. num_heads, kv_heads, head_dim: of q, k and v.
@@ -78,8 +79,9 @@ class LizardCore(nn.Module):
             raise ValueError(f"window_size and meta must be at least 0, got {window_size} and {meta}.")
         self.kv_heads, self.head_dim, self.window_size = kv_heads, head_dim, window_size
         self.feature_dim, self.scale = feature_dim, scale
-        self.phi_q, self.phi_k = Hedgehog(head_dim, feature_dim), Hedgehog(head_dim, feature_dim)
-        self.phi_k.load_state_dict(self.phi_q.state_dict())
+        self.phi_q, self.phi_k = (Hedgehog(heads, head_dim, feature_dim) for heads in (num_heads, kv_heads))
+        with torch.no_grad():
+            self.phi_q.weight.copy_(self.phi_k.weight.repeat_interleave(num_heads // kv_heads, 0))
         self.gate = ForgetGate(dim, kv_heads, feature_dim, gate, gate_start)
         self.meta = nn.Parameter(torch.zeros(meta)) if window_size and meta else None
         self.alpha = nn.Parameter(torch.tensor(0.5)) if window_size else None
@@ -227,10 +229,11 @@ def _variant(name: str, teacher: int, source: str, **options: Any) -> Variant:
     """The released teacher's parameters and, in each converted layer, two feature maps, the gate, the sinks and alpha."""
     at = {"dim": 4096, "depth": 32, "num_heads": 32, "head_dim": None, "softmax_share": 0.0, **options}
     converted = at["depth"] - sum(keeps_softmax(at["depth"], at["softmax_share"]))
-    extra = converted * ((at["head_dim"] or at["dim"] // at["num_heads"]) * 128 + at["dim"] + 1 + 4 + 1)
+    maps = (at["num_heads"] + 8) * (at["head_dim"] or at["dim"] // at["num_heads"]) * 64
+    extra = converted * (maps + at["dim"] + 1 + 4 + 1)
     note = (
-        "converted layers add head_dim x 128 (feature maps), dim + 1 (gate), 4 (sinks) and 1 (alpha) each: the count of this "
-        "reading, the paper prints none"
+        "converted layers add head_dim x 64 for each head of queries and of keys (feature maps), dim + 1 (gate), 4 (sinks) and "
+        "1 (alpha) each: the count of this reading, the paper prints none"
     )
     return Variant(name, LizardLM, teacher + extra, inputs=((1, 512),), source=f"{source}; {note}", options=options)
 
