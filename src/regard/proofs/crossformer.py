@@ -153,10 +153,14 @@ def _alternating_at(at: Place) -> LongShortAttention:
 
 
 def long_distance_brings_far_marks(preset: Preset) -> Check:
-    """Two blocks at equal parameters, budget and seeds: short and long, or short twice."""
+    """Two blocks at equal parameters, budget and seeds: short and long, or short twice.
+
+    A mark of 2 x 2 tokens always covers one that the corner meets in the long block, so that one exchange is enough. One of
+    a single token mostly has to pass through both blocks; it is a figure only.
+    """
     smoke = preset == "smoke"
     sizes = {"train_items": 64, "eval_items": 64} if smoke else {}
-    task = FarMark(tokens=8, nearest=4, size=2, **sizes)
+    task, hard = (FarMark(tokens=8, nearest=4, size=size, **sizes) for size in (2, 1))
     config = TrainConfig(steps=2 if smoke else 300, batch_size=32, lr=4e-3)
     seeds = (0,) if smoke else (0, 1, 2)
     builds = {
@@ -164,14 +168,16 @@ def long_distance_brings_far_marks(preset: Preset) -> Check:
         "short_twice": partial(CornerReader, _short_at, depth=2, img_size=16),
     }
     figures, mean = over_variants(builds, task, config, seeds)
-    figures |= {f"{name}_parameters": count_params(build()) for name, build in builds.items()}
+    one_token, _ = over_variants({"short_and_long_on_one_token": builds["short_and_long"]}, hard, config, seeds)
+    figures |= one_token | {f"{name}_parameters": count_params(build()) for name, build in builds.items()}
     return Check(
         "With long-distance attention in every second block a far mark can be read; with short-distance blocks alone not",
         holds=mean["short_and_long"] >= 0.9 and mean["short_twice"] <= 0.35,
         figures=figures,
         setting=f"{task.description} Groups of 4 x 4 tokens, interval 2 in the long block, 24 channels, {config.steps} steps, "
-        f"seeds {list(seeds)}, accuracy, chance 0.25. Holds if the means are at least 0.9 and at most 0.35. In a first trial "
-        "with a mark of one token among 12 x 12, which both blocks have to pass on, neither arm left chance (0.25, 0.25)",
+        f"seeds {list(seeds)}, accuracy, chance 0.25. Holds if the means are at least 0.9 and at most 0.35. The "
+        "task was changed: a mark of one token among 12 x 12, which both blocks have to pass on, each as one of 16 keys, had "
+        "left both arms at chance. Here one of one token meets the corner directly in a quarter of the images: alone, 0.44",
     )
 
 

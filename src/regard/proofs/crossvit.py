@@ -174,32 +174,35 @@ def cheap(preset: Preset) -> Check:
     )
 
 
-class TextureAndLayout(DrawnImages):
-    """Stripes of one of four directions, two pixels wide, over ground with one brighter half of four: which two?
+class PointedTexture(DrawnImages):
+    """A fine texture of four in each quadrant; a coarse grating, upright or level, says by how it begins which one counts.
 
-    The stripes are seen in a small patch, the half of the image that is brighter in the whole of it; noise covers both.
+    The textures repeat every four pixels and vanish at a quarter of the resolution. Half a period of the grating is as wide
+    as a small patch and the brightness of the image is random, so that no small patch sees how the grating begins. Who knows
+    the textures but not the grating is right in 53 % of the images, who knows the grating only in a quarter.
     """
 
-    num_classes = 16
+    num_classes = 4
 
-    def __init__(self, train_items: int = 4096, eval_items: int = 256, seed: int = 0) -> None:
+    def __init__(self, train_items: int = 4096, eval_items: int = 512, seed: int = 0) -> None:
         super().__init__(24, train_items, eval_items, seed)
 
     @property
     def description(self) -> str:
-        return "Noisy stripes of 4 directions over ground of which one half of 4 is brighter: which of the 16 pairs?"
+        return "Which of four fine textures has the quadrant that direction and phase of a coarse grating point to?"
 
     def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
-        """Stripes with random phase, ground and noise added up."""
-        stripe, half = rng.integers(0, 4, (2, count))
-        rows, columns = np.mgrid[:24, :24]
-        along = np.stack([rows, columns, rows + columns, rows - columns])[stripe]
-        texture = np.where((along + rng.integers(0, 4, (count, 1, 1))) // 2 % 2, 1.0, -1.0)
-        ground = np.stack([rows < 12, rows >= 12, columns < 12, columns >= 12])[half] * 2.0 - 1.0
-        grey = 0.5 + 0.2 * texture + 0.06 * ground
-        images = grey[:, None] + rng.normal(0, 0.12, (count, 3, 24, 24))
-        labels = 4 * stripe + half
-        return LabelledImages((255 * images.clip(0, 1)).astype(np.uint8), labels.astype(np.int64), mean=0.5, std=0.17)
+        """Textures, grating, brightness and noise added up."""
+        wide, thin, flat = np.array([[1, 1, -1, -1], [1, -1, 1, -1], [1, 1, 1, 1]])
+        patterns = np.stack([np.outer(*pair) for pair in ((wide, flat), (flat, wide), (wide, wide), (thin, flat))])
+        textures, pointed = rng.integers(0, 4, (count, 2, 2)), rng.integers(0, 4, count)
+        fine = np.tile(patterns[textures], (1, 1, 1, 3, 3)).swapaxes(2, 3).reshape(count, 24, 24)
+        bands = np.repeat([1, -1, 1, -1, 1, -1], 4) * np.ones((24, 1))
+        coarse = np.stack([bands, -bands, bands.T, -bands.T])[pointed]
+        grey = 0.5 + 0.15 * fine + 0.1 * coarse + rng.uniform(-0.15, 0.15, (count, 1, 1))
+        images = grey[:, None] + rng.normal(0, 0.15, (count, 3, 24, 24))
+        labels = textures.reshape(count, 4)[np.arange(count), pointed]
+        return LabelledImages((255 * images.clip(0, 1)).astype(np.uint8), labels.astype(np.int64), mean=0.5, std=0.22)
 
 
 class _OneBranch(nn.Module):
@@ -213,37 +216,36 @@ class _OneBranch(nn.Module):
         return self.model.head[self.branch](self.model.forward_features(x)[self.branch][:, 0])
 
 
-def _with_fusion(fusion: Callable[..., nn.Module]) -> CrossViT:
-    model = CrossViT(num_classes=16, **_TINY, **_SCALES)
+def _with_fusion(fusion: Callable[..., nn.Module], mlp_ratio: float) -> CrossViT:
+    """Small patches of the image, large ones of the image at a quarter of its resolution."""
+    scales = {"patch_sizes": (4, 2), "branch_sizes": (24, 6), "img_size": 24}
+    model = CrossViT(num_classes=4, **_TINY | {"mlp_ratio": mlp_ratio}, **scales)
     for encoder in model.encoders:
         encoder.fusion = fusion(_TINY["dims"], _TINY["num_heads"])
-    return model
-
-
-_UNDECIDED = (
-    ". No model has learned the stripes here, 1/4 is the layout alone: so small, the fusions are not told apart"
-)
+    # A deviation of 0.02 suits hundreds of channels; with so few the signal would take long to grow.
+    return model.apply(lambda module: module.reset_parameters() if isinstance(module, nn.Linear) else None)
 
 
 def fusion_ablation(preset: Preset) -> Check:
-    """The five fusions of table 6 in one small model, at equal budget; each branch is also read alone."""
+    """The five fusions of table 6 in one small model, at equal parameters and budget; each branch is also read alone."""
     smoke = preset == "smoke"
-    task = TextureAndLayout(64, 64) if smoke else TextureAndLayout()
-    config = replace(tiny_deit_config(preset), batch_size=16)
+    task = PointedTexture(64, 64) if smoke else PointedTexture()
+    config = TrainConfig(steps=2 if smoke else 300, batch_size=32, lr=4e-3)
     seeds = (0,) if smoke else (0, 1, 2)
+    # Wider MLPs make up for the smaller fusions.
     arms = {
-        "cross_attention": CrossFusion,
-        "none": NoFusion,
-        "class_token_sum": ClassSum,
-        "pairwise_sum": PairwiseSum,
-        "all_attention": AllAttention,
+        "cross_attention": partial(_with_fusion, CrossFusion, 2.0),
+        "none": partial(_with_fusion, NoFusion, 4.95),
+        "class_token_sum": partial(_with_fusion, ClassSum, 3.66),
+        "pairwise_sum": partial(_with_fusion, PairwiseSum, 3.66),
+        "all_attention": partial(_with_fusion, AllAttention, 2.0),
     }
     figures: dict[str, float | int | list[float]] = {}
     means = {}
-    for name, fusion in arms.items():
+    for name, build in arms.items():
         whole, alone = [], []
         for seed in seeds:
-            model = seeded(partial(_with_fusion, fusion), seed)
+            model = seeded(build, seed)
             whole.append(train(model, task, replace(config, seed=seed), cpu=True).metrics["accuracy"])
             alone.append([evaluate(_OneBranch(model, branch), task)["accuracy"] for branch in (0, 1)])
         means[name] = fmean(whole)
@@ -253,14 +255,17 @@ def fusion_ablation(preset: Preset) -> Check:
             f"{name}_branches_alone": [round(fmean(pair), 4) for pair in zip(*alone, strict=True)],
             f"{name}_parameters": count_params(model),
         }
+    best_other = max(mean for name, mean in means.items() if name != "cross_attention")
     return Check(
         "Cross-attention fuses two scales better than no fusion, sums of tokens, and attention of all tokens (table 6)",
-        holds=all(means["cross_attention"] >= mean for mean in means.values()),
+        holds=means["cross_attention"] >= best_other + 0.01,
         figures=figures,
-        setting=f"{task.description} Two encoders, patches of 4 and 6, {config.steps} steps of {config.batch_size} at rate "
-        f"{config.lr}, seeds {list(seeds)}, accuracy, chance 1/16; holds if the mean of cross-attention is the largest. "
-        "Alone: small, large patches. Rate and contrast of the stripes were raised once, after a run at 4e-3 in which "
-        "14 of 15 models had learned the layout only" + _UNDECIDED * (max(means.values()) < 0.3),
+        setting=f"{task.description} Two encoders, patches of 4 pixels, and of 8 at a quarter of the resolution, equal "
+        f"parameters by the width of MLPs, {config.steps} steps of {config.batch_size}, seeds {list(seeds)}, accuracy, chance "
+        "0.25, without the grating 0.53. Alone: small, large patches. Holds if the mean of cross-attention is at least a "
+        "point above all others. The task was changed: asked for pairs of stripes of random phase and a brighter half, with "
+        "initial weights of deviation 0.02, all 15 models stayed at the half alone; and pairs need no fusion, since logits add "
+        "up. In a trial with two textures to choose from, three arms with one seed were all at 1.0",
     )
 
 

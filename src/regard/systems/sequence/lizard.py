@@ -247,7 +247,7 @@ SYSTEM = register_system(
         title="Lizard: An Efficient Linearization Framework for Large Language Models",
         year=2025,
         arxiv="2507.09025",
-        evidence="other_code",
+        evidence="paper_text",
         idea="Softmax attention of a trained model becomes gated linear attention plus a short window with learned sinks; "
         "a reconstruction, since the authors have released no code.",
         mixers=("lizard",),
