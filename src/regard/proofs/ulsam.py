@@ -114,24 +114,24 @@ def savings(preset: Preset) -> Check:
 
 
 class FineParts(DrawnImages):
-    """A disc of random place and size, on which there is one of ten small marks: which?
+    """A disc of random place and size, on which there is one of twenty small marks: which?
 
     The classes differ in a mark of 4 x 4 pixels only, as species do in a beak.
     """
 
-    num_classes = 10
+    num_classes = 20
 
-    def __init__(self, train_items: int = 4096, eval_items: int = 512, seed: int = 0) -> None:
+    def __init__(self, train_items: int = 512, eval_items: int = 512, seed: int = 0) -> None:
         super().__init__(24, train_items, eval_items, seed)
 
     @property
     def description(self) -> str:
-        return "One of ten marks of 4 x 4 pixels somewhere on a disc, 24 x 24 pixels with noise: which mark?"
+        return "One of twenty marks of 4 x 4 pixels somewhere on a disc, 24 x 24 pixels with noise: which mark?"
 
     def draw(self, rng: np.random.Generator, count: int) -> LabelledImages:
         """Noise, a disc, and a mark inside."""
-        marks = np.random.default_rng(0).integers(0, 2, (10, 4, 4)) * 0.8 - 0.4
-        labels = rng.integers(0, 10, count)
+        marks = np.random.default_rng(0).integers(0, 2, (20, 4, 4)) * 0.8 - 0.4
+        labels = rng.integers(0, 20, count)
         centre, radius = rng.uniform(9, 15, (count, 2)), rng.uniform(6, 9, count)
         rows, columns = np.mgrid[:24, :24]
         away = np.hypot(rows - centre[:, :1, None], columns - centre[:, 1:, None])
@@ -146,7 +146,7 @@ class FineParts(DrawnImages):
 def _net(kind: str) -> MobileNetV1:
     subspaces = {"ulsam": 4, "one_map": 1}.get(kind)
     options = {} if subspaces is None else {"instead": (4,), "subspaces": subspaces}
-    model = MobileNetV1(num_classes=10, **_TINY, **options)
+    model = MobileNetV1(num_classes=20, **_TINY, **options)
     if kind == "removed":
         model.stages[-1][-1] = nn.Identity()
     return model
@@ -168,8 +168,12 @@ def subspaces_help(preset: Preset) -> Check:
         "ULSAM in place of the last block is worth more than no block there, and four maps more than one",
         holds=all(gain > max(deviation["ulsam"], deviation[other]) for other, gain in gains.items()),
         figures=figures,
-        setting=f"{task.description} Five blocks, {config.steps} steps of 32, seeds {list(seeds)}, accuracy, chance 0.1; "
-        "holds if both gains in the mean are larger than the standard deviations over the seeds",
+        setting=f"{task.description} {len(task.train_set)} images to learn from, five blocks, {config.steps} steps of 32, "
+        f"seeds {list(seeds)}, accuracy, chance 0.05; holds if both gains in the mean are larger than the standard deviations "
+        "over the seeds. The task was changed: with ten marks and 4,096 images all four kinds were at 0.95 to 1.0. Twenty "
+        "marks at half the contrast in more noise were hardly learned (one seed, two kinds: 0.10 and 0.15); at three quarters "
+        "of the contrast the seeds (deviations 0.16 to 0.25) differed more than the kinds (means 0.55 to 0.68). 512 images at "
+        "full contrast were chosen after this, by the net without the block alone",
     )
 
 
