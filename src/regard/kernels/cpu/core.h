@@ -20,9 +20,9 @@ void parallel(int64_t n, int64_t parts, const std::function<void(int64_t, int64_
 int threads();
 constexpr int kParts = 16;  // for each thread: few enough that taking one costs nothing
 
-// How many parts where each keeps `numbers` sums of its own: fewer where those would fill memory.
-inline int64_t parts_with(int64_t numbers) {
-  return threads() * std::clamp<int64_t>((1 << 18) / std::max<int64_t>(numbers, 1), 1, kParts);
+// How many parts of n where each keeps `numbers` sums of its own: fewer where those would fill memory.
+inline int64_t parts_with(int64_t n, int64_t numbers) {
+  return std::min(n, threads() * std::clamp<int64_t>((1 << 18) / std::max<int64_t>(numbers, 1), 1, kParts));
 }
 
 inline void parallel(int64_t n, const std::function<void(int64_t, int64_t)>& body) {
@@ -307,7 +307,7 @@ inline void softmax_rows(float* s, int lds, int rows, int blocks, float* totals,
       each[i] = sums;
     }
     for (int i = here; i < W; ++i) each[i] = splat(1);
-    const vec sums = across(each, [](vec a, vec b) { return a + b; });
+    const vec sums = sums_of(each);
     store(total, sums);
     store(logs, base + log(sums));
     std::copy_n(total, here, totals + first);
@@ -334,7 +334,7 @@ inline void softmax_gradient_rows(float* s, float* dp, int lds, int rows, int bl
     }
     for (int i = here; i < W; ++i) each[i] = vec{};
     float inner[W];
-    store(inner, across(each, [](vec a, vec b) { return a + b; }));
+    store(inner, sums_of(each));
     for (int i = 0; i < here; ++i) {
       const int64_t row = static_cast<int64_t>(first + i) * lds;
       const vec delta = splat(lse_gradient ? inner[i] - lse_gradient[first + i] : inner[i]);

@@ -294,7 +294,8 @@ void grouped_backward(const GroupedProblem& p, const Groups& groups, const float
   if (p.bias != nullptr) tables.fill(p, groups);
   const int stride = padded(p.width), value_stride = padded(p.value_width);
   const int64_t repeat = p.heads / p.kv_heads, per_part = p.bias_heads * tables.per_head;
-  const int64_t parts = bias_gradient ? parts_with(per_part) : kParts * threads();
+  const int64_t items = p.batch * (groups.disjoint ? groups.count() : p.kv_heads);
+  const int64_t parts = parts_with(items, bias_gradient ? per_part : 0);
   std::vector<float> table_gradients(bias_gradient ? parts * per_part : 0, 0.f);
 
   const auto some = [&](int64_t b, int64_t g, int64_t first_head, int64_t together, int64_t sums_of) {
@@ -370,14 +371,14 @@ void grouped_backward(const GroupedProblem& p, const Groups& groups, const float
   // Groups that share keys are taken one after the other, so that sums have one order and no thread waits for another.
   const auto part_of_heads = [&](int64_t g) { return Stage::heads(p, groups.queries(g), groups.keys(g)); };
   if (groups.disjoint)
-    parallel(p.batch * groups.count(), parts, [&](int64_t begin, int64_t end, int64_t part) {
+    parallel(items, parts, [&](int64_t begin, int64_t end, int64_t part) {
       for (int64_t item = begin; item < end; ++item) {
         const int64_t b = item / groups.count(), g = item % groups.count(), most = part_of_heads(g);
         for (int64_t head = 0; head < p.kv_heads; head += most) some(b, g, head, std::min(most, p.kv_heads - head), part);
       }
     });
   else
-    parallel(p.batch * p.kv_heads, parts, [&](int64_t begin, int64_t end, int64_t part) {
+    parallel(items, parts, [&](int64_t begin, int64_t end, int64_t part) {
       for (int64_t item = begin; item < end; ++item)
         for (int64_t g = 0; g < groups.count(); ++g) some(item / p.kv_heads, g, item % p.kv_heads, 1, part);
     });

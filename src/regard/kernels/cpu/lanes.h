@@ -96,6 +96,10 @@ vec across(vec (&rows)[W], const Op& op) {
 #endif
 }
 
+inline vec sums_of(vec (&rows)[W]) {
+  return across(rows, [](vec a, vec b) { return a + b; });
+}
+
 // Lanes [lo, hi) pass (0), the others are masked (-inf): to be added to logits.
 inline vec lane_mask(int lo, int hi) {
   const ivec lane = lane_numbers(kLanes.self);

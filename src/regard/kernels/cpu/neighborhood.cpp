@@ -318,7 +318,7 @@ void neighborhood_backward(const NeighborhoodProblem& p, const float* lse, Rows 
   const std::vector<float> biases = p.bias ? padded_bias(p, plan) : std::vector<float>();
   const int64_t columns = static_cast<int64_t>(plan.columns.size()), repeat = p.heads / p.kv_heads;
   const int64_t per_head = plan.bias_rows * plan.bias_row;
-  const int64_t parts = bias_gradient ? parts_with(p.heads * per_head) : kParts * threads();
+  const int64_t parts = parts_with(p.batch * p.kv_heads * columns, bias_gradient ? p.heads * per_head : 0);
   std::vector<float> bias_sums(bias_gradient ? parts * p.heads * per_head : 0, 0.f);
 
   const auto one = [&](int64_t b, int64_t kv_head, const Column& column, int64_t part) {

@@ -134,8 +134,7 @@ struct Walk {
 
 // to[e] += the sum of terms[e] over its lanes, for the first `some` of them.
 inline void add_sums(vec (&terms)[W], int some, float* to) {
-  const vec sums = across(terms, [](vec a, vec b) { return a + b; });
-  give(to, take(to, some) + sums, some);
+  give(to, take(to, some) + sums_of(terms), some);
 }
 
 }  // namespace

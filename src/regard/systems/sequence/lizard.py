@@ -227,9 +227,9 @@ class LizardLM(Llama):
 
 def _variant(name: str, teacher: int, source: str, **options: Any) -> Variant:
     """The released teacher's parameters and, in each converted layer, two feature maps, the gate, the sinks and alpha."""
-    at = {"dim": 4096, "depth": 32, "num_heads": 32, "head_dim": None, "softmax_share": 0.0, **options}
+    at = {"dim": 4096, "depth": 32, "num_heads": 32, "kv_heads": 8, "head_dim": None, "softmax_share": 0.0, **options}
     converted = at["depth"] - sum(keeps_softmax(at["depth"], at["softmax_share"]))
-    maps = (at["num_heads"] + 8) * (at["head_dim"] or at["dim"] // at["num_heads"]) * 64
+    maps = (at["num_heads"] + at["kv_heads"]) * (at["head_dim"] or at["dim"] // at["num_heads"]) * 64
     extra = converted * (maps + at["dim"] + 1 + 4 + 1)
     note = (
         "converted layers add head_dim x 64 for each head of queries and of keys (feature maps), dim + 1 (gate), 4 (sinks) and "
