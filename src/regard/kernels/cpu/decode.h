@@ -15,4 +15,8 @@ struct DecodeProblem {
 // lse: (batch, queries, heads).
 void decode_forward(const DecodeProblem& problem, Rows out, float* lse);
 
+// lse_gradient: as lse, or null.
+void decode_backward(const DecodeProblem& problem, Rows out, const float* lse, Rows out_gradient,
+                     const float* lse_gradient, Rows dq, Rows dk, Rows dv);
+
 }  // namespace regard

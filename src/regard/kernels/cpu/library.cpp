@@ -3,9 +3,10 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
-#include <ATen/ops/zeros.h>
 #include <torch/library.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <atomic>
 
@@ -56,13 +57,28 @@ int64_t tokens(const Tensor& x) {
 
 std::vector<int64_t> spatial(const Tensor& x) { return x.sizes().slice(1, x.dim() - 3).vec(); }
 
+// Memory not written yet. Where the system gives huge pages it comes in these: the first write to a small page costs more
+// than what these kernels compute for it.
+Tensor fresh(Sizes sizes, const at::TensorOptions& options) {
+  const Tensor x = at::empty(sizes, options);
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 2 << 20;
+  const auto start = reinterpret_cast<uintptr_t>(x.data_ptr());
+  const uintptr_t first = (start + page - 1) / page * page, last = (start + x.nbytes()) / page * page;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return x;
+}
+
+Tensor zeros(Sizes sizes, const at::TensorOptions& options) { return fresh(sizes, options).zero_(); }
+
 Tensor like_queries(const Tensor& q, int64_t width) {
   auto sizes = q.sizes().vec();
   sizes.back() = width;
-  return at::empty(sizes, q.options());
+  return fresh(sizes, q.options());
 }
 
-Tensor of_rows(const Tensor& q) { return at::empty(q.sizes().slice(0, q.dim() - 1), q.options().dtype(at::kFloat)); }
+Tensor of_rows(const Tensor& q) { return fresh(q.sizes().slice(0, q.dim() - 1), q.options().dtype(at::kFloat)); }
 
 GroupedProblem grouped_problem(const Tensor& q, const Tensor& k, const Tensor& v, double scale) {
   return {q.size(0), q.size(-2), k.size(-2), static_cast<int>(q.size(-1)), static_cast<int>(v.size(-1)),
@@ -76,6 +92,8 @@ void add_bias(GroupedProblem& problem, const Tensor& bias) {
 }
 
 Tensor in_full(const std::optional<Tensor>& bias) { return bias ? bias->to(at::kFloat).contiguous() : Tensor(); }
+
+float* numbers(const Tensor& x) { return x.defined() && x.numel() > 0 ? x.mutable_data_ptr<float>() : nullptr; }
 
 std::tuple<Tensor, Tensor> window_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_,
                                             const std::optional<Tensor>& bias_, Sizes size, Sizes shift, bool grid,
@@ -96,13 +114,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> window_attention_backward(
   const Tensor q = walkable(q_), k = walkable(k_), v = walkable(v_), bias = in_full(bias_);
   const Tensor gradient = walkable(gradient_);
   const Tensor dq = like_queries(q, q.size(-1)), dk = like_queries(k, k.size(-1)), dv = like_queries(v, v.size(-1));
-  const Tensor db = bias.defined() ? at::zeros(bias.sizes(), bias.options()) : at::empty({0}, q.options());
+  const Tensor db = bias.defined() ? zeros(bias.sizes(), bias.options()) : at::empty({0}, q.options());
   if (dq.numel() + dv.numel() > 0) {
     GroupedProblem problem = grouped_problem(q, k, v, scale);
     if (bias.defined()) add_bias(problem, bias);
     const Groups groups = window_groups(spatial(q), size.vec(), shift.vec(), grid);
     grouped_backward(problem, groups, lse.const_data_ptr<float>(), tokens(q), rows_of(gradient),
-                     rows_of(dq), rows_of(dk), rows_of(dv), bias.defined() ? db.mutable_data_ptr<float>() : nullptr);
+                     rows_of(dq), rows_of(dk), rows_of(dv), numbers(db));
   }
   return {dq, dk, dv, db};
 }
@@ -137,14 +155,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> neighborhood_attention_backward(
   const Tensor q = walkable(q_), k = walkable(k_), v = walkable(v_), bias = in_full(bias_);
   const Tensor gradient = walkable(gradient_), lse_gradient = in_full(lse_gradient_);
   const Tensor dq = like_queries(q, q.size(-1));
-  const Tensor dk = at::zeros(k.sizes(), k.options().dtype(at::kFloat));
-  const Tensor dv = at::zeros(v.sizes(), v.options().dtype(at::kFloat));
-  const Tensor db = bias.defined() ? at::zeros(bias.sizes(), bias.options()) : at::empty({0}, lse.options());
+  const Tensor dk = zeros(k.sizes(), k.options().dtype(at::kFloat));
+  const Tensor dv = zeros(v.sizes(), v.options().dtype(at::kFloat));
+  const Tensor db = bias.defined() ? zeros(bias.sizes(), bias.options()) : at::empty({0}, lse.options());
   if (dq.numel() + dv.numel() > 0)
     neighborhood_backward(neighborhood_problem(q, k, v, bias, kernel, stride, dilation, causal, scale),
                           lse.const_data_ptr<float>(), rows_of(gradient),
-                          lse_gradient.defined() ? lse_gradient.const_data_ptr<float>() : nullptr, rows_of(dq),
-                          rows_of(dk), rows_of(dv), bias.defined() ? db.mutable_data_ptr<float>() : nullptr);
+                          numbers(lse_gradient), rows_of(dq), rows_of(dk), rows_of(dv), numbers(db));
   return {dq, dk.to(k.scalar_type()), dv.to(v.scalar_type()), db};
 }
 
@@ -207,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> attend_groups_backward(const Tensor& gradient
                                                           const Groups& groups, double scale) {
   const auto type = groups.disjoint ? k.scalar_type() : at::kFloat;
   const Tensor dq = like_queries(q, q.size(-1));
-  const Tensor dk = at::zeros(k.sizes(), k.options().dtype(type)), dv = at::zeros(v.sizes(), v.options().dtype(type));
+  const Tensor dk = zeros(k.sizes(), k.options().dtype(type)), dv = zeros(v.sizes(), v.options().dtype(type));
   if (dq.numel() + dv.numel() > 0)
     grouped_backward(grouped_problem(q, k, v, scale), groups, lse.const_data_ptr<float>(), q.size(1),
                      rows_of(gradient), rows_of(dq), rows_of(dk), rows_of(dv), nullptr);
@@ -252,18 +269,33 @@ std::tuple<Tensor, Tensor, Tensor> routed_attention_backward(const Tensor& gradi
   return {dq.view(q.sizes()), dk.view(k.sizes()), dv.view(v.sizes())};
 }
 
+DecodeProblem decode_problem(const Tensor& q, const Tensor& k, const Tensor& v, bool causal, double scale) {
+  return {q.size(0), tokens(q), tokens(k), q.size(-2), k.size(-2), static_cast<int>(q.size(-1)),
+          static_cast<int>(v.size(-1)), static_cast<float>(scale), causal, rows_of(q), rows_of(k), rows_of(v)};
+}
+
 std::tuple<Tensor, Tensor> decode_attention(const Tensor& q_, const Tensor& k_, const Tensor& v_, bool causal,
                                             double scale) {
   const Tensor q = walkable(q_), k = walkable(k_), v = walkable(v_);
   const Tensor out = like_queries(q, v.size(-1)), lse = of_rows(q);
   if (out.numel() > 0)
-    decode_forward({q.size(0), tokens(q), tokens(k), q.size(-2), k.size(-2), static_cast<int>(q.size(-1)),
-                    static_cast<int>(v.size(-1)), static_cast<float>(scale), causal, rows_of(q), rows_of(k), rows_of(v)},
-                   rows_of(out), lse.mutable_data_ptr<float>());
+    decode_forward(decode_problem(q, k, v, causal, scale), rows_of(out), lse.mutable_data_ptr<float>());
   return {out, lse};
 }
 
-float* numbers(const Tensor& x) { return x.defined() && x.numel() > 0 ? x.mutable_data_ptr<float>() : nullptr; }
+std::tuple<Tensor, Tensor, Tensor> decode_attention_backward(const Tensor& gradient_,
+                                                             const std::optional<Tensor>& lse_gradient_,
+                                                             const Tensor& q_, const Tensor& k_, const Tensor& v_,
+                                                             const Tensor& out, const Tensor& lse, bool causal,
+                                                             double scale) {
+  const Tensor q = walkable(q_), k = walkable(k_), v = walkable(v_);
+  const Tensor gradient = walkable(gradient_), lse_gradient = in_full(lse_gradient_);
+  const Tensor dq = like_queries(q, q.size(-1)), dk = like_queries(k, k.size(-1)), dv = like_queries(v, v.size(-1));
+  if (out.numel() > 0)
+    decode_backward(decode_problem(q, k, v, causal, scale), rows_of(out), lse.const_data_ptr<float>(),
+                    rows_of(gradient), numbers(lse_gradient), rows_of(dq), rows_of(dk), rows_of(dv));
+  return {dq, dk, dv};
+}
 
 LinearProblem linear_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& decay, bool normalize,
                              double eps) {
@@ -281,8 +313,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_attention(const Tensor& q_, co
   const Tensor decay = in_full(decay_), state_kv = in_full(state_kv_), state_k = in_full(state_k_);
   const auto full = q.options().dtype(at::kFloat);
   const Tensor out = like_queries(q, v.size(3)), totals = keep && normalize ? of_rows(q) : at::empty({0}, full);
-  const Tensor after_kv = at::zeros({q.size(0), q.size(2), q.size(3), v.size(3)}, full);
-  const Tensor after_k = at::zeros({q.size(0), q.size(2), q.size(3)}, full);
+  const Tensor after_kv = zeros({q.size(0), q.size(2), q.size(3), v.size(3)}, full);
+  const Tensor after_k = zeros({q.size(0), q.size(2), q.size(3)}, full);
   if (out.numel() > 0)
     linear_forward(linear_problem(q, k, v, decay, normalize, eps), {numbers(state_kv), numbers(state_k)}, rows_of(out),
                    numbers(totals), {numbers(after_kv), numbers(after_k)});
@@ -298,9 +330,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_attention_backward(
   const Tensor decay = in_full(decay_), state_kv = in_full(state_kv_), state_k = in_full(state_k_);
   const Tensor kv_gradient = in_full(kv_gradient_), k_gradient = in_full(k_gradient_);
   const auto full = q.options().dtype(at::kFloat);
-  const Tensor dq = like_queries(q, q.size(3)), dk = at::zeros(k.sizes(), full), dv = at::zeros(v.sizes(), full);
-  const Tensor before_kv = at::zeros({q.size(0), q.size(2), q.size(3), v.size(3)}, full);
-  const Tensor before_k = at::zeros({q.size(0), q.size(2), q.size(3)}, full);
+  const Tensor dq = like_queries(q, q.size(3)), dk = zeros(k.sizes(), full), dv = zeros(v.sizes(), full);
+  const Tensor before_kv = zeros({q.size(0), q.size(2), q.size(3), v.size(3)}, full);
+  const Tensor before_k = zeros({q.size(0), q.size(2), q.size(3)}, full);
   if (dq.numel() > 0)
     linear_backward(linear_problem(q, k, v, decay, normalize, eps), {numbers(state_kv), numbers(state_k)}, rows_of(out),
                     numbers(totals), rows_of(gradient), {numbers(kv_gradient), numbers(k_gradient)}, rows_of(dq),
@@ -319,14 +351,14 @@ struct ScanInputs {
     return {x.size(0), x.size(1), x.size(2), static_cast<int>(a.size(1)), numbers(x), numbers(dt), numbers(a),
             numbers(b), numbers(c), numbers(skip), numbers(state)};
   }
-  Tensor zeros_of_state() const { return at::zeros({x.size(0), x.size(2), a.size(1)}, x.options()); }
+  Tensor zeros_of_state() const { return zeros({x.size(0), x.size(2), a.size(1)}, x.options()); }
 };
 
 std::tuple<Tensor, Tensor> selective_scan(const Tensor& x, const Tensor& dt, const Tensor& a, const Tensor& b,
                                           const Tensor& c, const std::optional<Tensor>& skip,
                                           const std::optional<Tensor>& state) {
   const ScanInputs in(x, dt, a, b, c, skip, state);
-  const Tensor y = at::empty(in.x.sizes(), in.x.options()), after = in.zeros_of_state();
+  const Tensor y = fresh(in.x.sizes(), in.x.options()), after = in.zeros_of_state();
   if (y.numel() > 0) scan_forward(in.problem(), numbers(y), numbers(after));
   return {y.to(x.scalar_type()), after};
 }
@@ -337,9 +369,9 @@ std::vector<Tensor> selective_scan_backward(const Tensor& gradient, const std::o
                                             const std::optional<Tensor>& state) {
   const ScanInputs in(x, dt, a, b, c, skip, state);
   const Tensor dy = in_full(gradient), after = in_full(after_gradient);
-  const auto zeros = [](const Tensor& like) { return at::zeros(like.sizes(), like.options()); };
-  const Tensor dx = zeros(in.x), ddt = zeros(in.dt), da = zeros(in.a), db = zeros(in.b), dc = zeros(in.c);
-  const Tensor dskip = at::zeros({in.x.size(2)}, in.x.options()), before = in.zeros_of_state();
+  const auto none = [](const Tensor& like) { return zeros(like.sizes(), like.options()); };
+  const Tensor dx = none(in.x), ddt = none(in.dt), da = none(in.a), db = none(in.b), dc = none(in.c);
+  const Tensor dskip = zeros({in.x.size(2)}, in.x.options()), before = in.zeros_of_state();
   if (dx.numel() > 0)
     scan_backward(in.problem(), numbers(dy), numbers(after),
                   {numbers(dx), numbers(ddt), numbers(da), numbers(db), numbers(dc), numbers(dskip), numbers(before)});
@@ -383,6 +415,9 @@ TORCH_LIBRARY(regard, m) {
       "float scale) -> (Tensor, Tensor, Tensor)");
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, bool causal, float scale) -> (Tensor, Tensor)");
   m.def(
+      "decode_attention_backward(Tensor gradient, Tensor? lse_gradient, Tensor q, Tensor k, Tensor v, Tensor out, "
+      "Tensor lse, bool causal, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? decay, Tensor? state_kv, Tensor? state_k, "
       "bool normalize, float eps, bool keep) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
@@ -406,6 +441,7 @@ TORCH_LIBRARY_IMPL(regard, CPU, m) {
   m.impl("routed_attention", regard::routed_attention);
   m.impl("routed_attention_backward", regard::routed_attention_backward);
   m.impl("decode_attention", regard::decode_attention);
+  m.impl("decode_attention_backward", regard::decode_attention_backward);
   m.impl("linear_attention", regard::linear_attention);
   m.impl("linear_attention_backward", regard::linear_attention_backward);
   m.impl("selective_scan", regard::selective_scan);

@@ -37,14 +37,12 @@ def refuses_linear(q: Tensor, *args: Any, causal: bool = False, **kwargs: Any) -
 def refuses_decode(
     q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None, mask: Tensor | None = None, **kwargs: Any
 ) -> str | None:
-    """The kernel reads a long cache for a few queries, in inference."""
+    """The kernel reads a long cache for a few queries."""
     if bias is not None or mask is not None:
         return "bias and mask are not supported"
     queries, keys = q.shape[1:-2].numel(), k.shape[1:-2].numel()
     if queries > _FEW_QUERIES or keys < _MANY_KEYS:
         return f"{queries} queries and {keys} keys (at most {_FEW_QUERIES} and at least {_MANY_KEYS})"
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
-        return "a gradient is wanted"
     return refuses(q)
 
 
@@ -171,6 +169,10 @@ def _fake_gradients(g: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any) -> t
     return _like_inputs(q, k, v)
 
 
+def _fake_decode_gradients(g: Tensor, g_lse: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    return _like_inputs(*args[:3])
+
+
 def _fake_window_gradients(
     g: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *args: Any
 ) -> tuple[Tensor, ...]:
@@ -223,6 +225,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "routed_attention": _fake_attention,
     "routed_attention_backward": _fake_gradients,
     "decode_attention": _fake_attention,
+    "decode_attention_backward": _fake_decode_gradients,
     "linear_attention": _fake_linear,
     "linear_attention_backward": _fake_linear_gradients,
     "selective_scan": _fake_scan,
@@ -280,6 +283,14 @@ def _routed_backward(ctx: Any, g: Tensor | None, g_lse: None) -> tuple[Any, ...]
     return (*torch.ops.regard.routed_attention_backward(g, q, k, v, index, lse, scale), None, None)
 
 
+def _decode_backward(ctx: Any, g: Tensor | None, g_lse: Tensor | None) -> tuple[Any, ...]:
+    (q, k, v, *options), (out, lse) = _kept(ctx)
+    if g is None and g_lse is None:
+        return (None,) * 5
+    g = torch.zeros_like(out) if g is None else g
+    return (*torch.ops.regard.decode_attention_backward(g, g_lse, q, k, v, out, lse, *options), None, None)
+
+
 def _linear_backward(ctx: Any, g: Tensor | None, g_kv: Any, g_k: Any, g_totals: None) -> tuple[Any, ...]:
     (q, k, v, decay, kv, total, normalize, eps, _), (out, _, _, totals) = _kept(ctx)
     g = torch.zeros_like(out) if g is None else g
@@ -303,6 +314,7 @@ _GRADIENTS: dict[str, Callable[..., Any]] = {
     "neighborhood_attention": _neighborhood_backward,
     "grouped_attention": _grouped_backward,
     "routed_attention": _routed_backward,
+    "decode_attention": _decode_backward,
     "linear_attention": _linear_backward,
     "selective_scan": _scan_backward,
 }

@@ -4,6 +4,7 @@ namespace regard {
 namespace {
 
 constexpr int kSteps = 64;  // between the states that the backward pass keeps
+constexpr int kTogether = 4;  // strips of W channels
 
 // W channels of a row, the last ones perhaps not there.
 inline vec take(const float* from, int here) {
@@ -77,14 +78,18 @@ struct Walk {
   vec x(int64_t t) const { return take(p.x + lanes.at(p, t), lanes.here); }
   vec dt(int64_t t) const { return take(p.dt + lanes.at(p, t), lanes.here); }
 
-  // Whether the exponents of some steps can be taken as they are. Also asks for their rows, which lie far apart.
+  // Whether the exponents of some steps can be taken as they are.
   bool gentle(int64_t first, int64_t last) const {
     vec most{};
-    for (int64_t t = first; t < last; ++t) {
-      most = larger(larger(dt(t), -dt(t)), most);
-      __builtin_prefetch(p.x + lanes.at(p, t), 0, 3);
-    }
+    for (int64_t t = first; t < last; ++t) most = larger(larger(dt(t), -dt(t)), most);
     return largest(most * steepest) < 126.f;
+  }
+
+  // Asks for the rows of a step to come, which lie far apart.
+  void foresee(int64_t t) const {
+    if (t >= p.length) return;
+    __builtin_prefetch(p.dt + lanes.at(p, t), 0, 3);
+    __builtin_prefetch(p.x + lanes.at(p, t), 0, 3);
   }
 
   // h = e^(dt a) h + dt x b and y = c h + skip x over some steps; N is the number of states, 0 if not known.
@@ -97,6 +102,7 @@ struct Walk {
       const float *b = p.b + row(t), *c = p.c + row(t);
       const vec step = dt(t), entering = step * x(t);
       vec sums = skip * x(t);
+      foresee(t + kSteps);
 #pragma GCC unroll 16
       for (int n = 0; n < count; ++n) {
         const vec next = decay<Gentle>(step, load(rates + n * W)) * (N ? held[n] : load(h + n * W)) + entering * splat(b[n]);
@@ -139,17 +145,27 @@ inline void add_sums(vec (&terms)[W], int some, float* to) {
 
 }  // namespace
 
+// Strips of neighbouring channels go through time together, so that more of a row is read while its page is at hand.
 void scan_forward(const ScanProblem& p, float* y, float* after) {
-  const int64_t items = p.batch * ((p.channels + W - 1) / W);
-  parallel(items, [&](int64_t begin, int64_t end) {
+  const int64_t strips = (p.channels + W - 1) / W;
+  const int64_t together = std::clamp<int64_t>(p.batch * strips / (2 * threads()), 1, kTogether);
+  const int64_t groups = (strips + together - 1) / together;
+  parallel(p.batch * groups, [&](int64_t begin, int64_t end) {
     Scratch& memory = scratch();
     for (int64_t item = begin; item < end; ++item) {
-      memory.reset(Walk::size(p));
-      Walk walk(p, item, memory);
-      const Lanes& lanes = walk.lanes;
-      const vec skip = p.skip ? take(p.skip + lanes.channel, lanes.here) : vec{};
-      for (int64_t t = 0; t < p.length; t += kSteps) walk.advance(t, std::min(p.length, t + kSteps), skip, y);
-      if (after) from_lanes(walk.h, lanes.here, p.states, after + lanes.state(p));
+      const int64_t b = item / groups, first = item % groups * together, last = std::min(strips, first + together);
+      memory.reset(Walk::size(p) * together);
+      std::vector<Walk> walks;
+      for (int64_t strip = first; strip < last; ++strip) walks.emplace_back(p, b * strips + strip, memory);
+      for (int64_t t = 0; t < p.length; t += kSteps)
+        for (Walk& walk : walks) {
+          const Lanes& lanes = walk.lanes;
+          const vec skip = p.skip ? take(p.skip + lanes.channel, lanes.here) : vec{};
+          walk.advance(t, std::min(p.length, t + kSteps), skip, y);
+        }
+      if (after)
+        for (const Walk& walk : walks)
+          from_lanes(walk.h, walk.lanes.here, p.states, after + walk.lanes.state(p));
     }
   });
 }
