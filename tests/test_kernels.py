@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import subprocess
 import sys
 
@@ -305,3 +306,21 @@ def test_without_kernels_plain_pytorch_runs(settings, said, tmp_path):
     assert said in ran.stdout
     assert "torch: taken" in ran.stdout
     assert "(1, 8, 8, 2, 4)" in ran.stdout.replace("torch.Size([", "(").replace("])", ")")
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="flags of another instruction set")
+@pytest.mark.parametrize("machine", ["haswell", "x86-64-v2"])
+def test_with_narrower_vectors(machine):
+    """This file once more, compiled for eight lanes and for four."""
+    if machine == "haswell" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        pytest.skip("this machine has no AVX2")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "not compiles and not without and not narrower"],
+        env={**os.environ, "REGARD_KERNEL_FLAGS": f"-O1 -march={machine}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "skipped" not in done.stdout

@@ -149,7 +149,8 @@ struct Strip {
   }
 };
 
-constexpr int kKeys = 8;  // that share a sum over queries; divides W
+constexpr int kKeys = W == 16 ? 8 : 4;  // that share a sum over queries
+static_assert(W % kKeys == 0 && kKeys <= kRows);
 
 // The blocks that the queries of one outer row see, and the lanes of each query.
 struct Sight {
@@ -223,7 +224,7 @@ struct Sight {
 
   // y[g][lane] += sum_i p[i][g][lane] x_i, a few keys at a time and only the queries that see one of them.
   void spread(const float* p, int lds, const float* x, int stride, int blocks, float* const* y) const {
-    const Parts across(stride / W, kWidth);
+    const Parts across(stride / W, std::min(kWidth, kSums / kKeys));
     for (int block = 0; block < blocks; ++block)
       for (int lane = 0; lane < W; lane += kKeys) {
         int first = 0, last = queries;  // windows move on with their queries
