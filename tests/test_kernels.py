@@ -7,11 +7,13 @@ import os
 import platform
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import deterministic
 
 from oracles import assert_errs_like, outputs_and_gradients
@@ -174,25 +176,29 @@ def test_selective_scan(length, channels, states, skip, carried, step, dtype):
 OFFSETS = torch.tensor([0, 3, 3, 20, 56])
 INDEX = torch.tensor([[[0, 2], [1, 1], [2, 0]]] * 2)
 CALLS = {
-    "window": lambda q, k, v: ops.window_attention(q, k, v, window_size=3, shift=1, backend="cpu"),
-    "window with bias": lambda q, k, v: ops.window_attention(
-        q, k, v, window_size=3, bias=q.flatten()[:162].view(2, 9, 9), backend="cpu"
+    "window": lambda q, k, v, backend="cpu": ops.window_attention(q, k, v, window_size=3, shift=1, backend=backend),
+    "window with bias": lambda q, k, v, backend="cpu": ops.window_attention(
+        q, k, v, window_size=3, bias=q.flatten()[:162].view(2, 9, 9), backend=backend
     ),
-    "neighborhood": lambda q, k, v: ops.neighborhood_attention(q, k, v, kernel_size=3, dilation=2, backend="cpu"),
-    "neighborhood with bias": lambda q, k, v: ops.neighborhood_attention(
-        q, k, v, kernel_size=3, bias=q.flatten()[:50].view(2, 5, 5), backend="cpu"
+    "neighborhood": lambda q, k, v, backend="cpu": ops.neighborhood_attention(
+        q, k, v, kernel_size=3, dilation=2, backend=backend
     ),
-    "grouped": lambda q, k, v: ops.grouped_attention(*(x[0].flatten(0, 1) for x in (q, k, v)), OFFSETS, backend="cpu"),
-    "routed": lambda q, k, v: ops.routed_attention(*(x[:, :3] for x in (q, k, v)), INDEX, backend="cpu"),
-    "decode": lambda q, k, v: ops.attention(
-        q[:, :1, :3], *(torch.cat([x] * 5, 1) for x in (k, v)), return_lse=True, backend="cpu"
+    "neighborhood with bias": lambda q, k, v, backend="cpu": ops.neighborhood_attention(
+        q, k, v, kernel_size=3, bias=q.flatten()[:50].view(2, 5, 5), backend=backend
     ),
-    "linear": lambda q, k, v: ops.linear_attention(
-        *(x.flatten(1, 2) for x in (q.exp(), k.exp(), v)), causal=True, backend="cpu"
+    "grouped": lambda q, k, v, backend="cpu": ops.grouped_attention(
+        *(x[0].flatten(0, 1) for x in (q, k, v)), OFFSETS, backend=backend
     ),
-    "scan": lambda q, k, v: ops.selective_scan(
+    "routed": lambda q, k, v, backend="cpu": ops.routed_attention(*(x[:, :3] for x in (q, k, v)), INDEX, backend=backend),
+    "decode": lambda q, k, v, backend="cpu": ops.attention(
+        q[:, :1, :3], *(torch.cat([x] * 5, 1) for x in (k, v)), return_lse=True, backend=backend
+    ),
+    "linear": lambda q, k, v, backend="cpu": ops.linear_attention(
+        *(x.flatten(1, 2) for x in (q.exp(), k.exp(), v)), causal=True, backend=backend
+    ),
+    "scan": lambda q, k, v, backend="cpu": ops.selective_scan(
         q.flatten(2), k.exp().flatten(2), -torch.ones(112, 4), v[..., :2].flatten(2)[..., :4], v.flatten(2)[..., -4:],
-        backend="cpu",
+        backend=backend,
     ),
 }  # fmt: skip
 
@@ -251,6 +257,24 @@ def test_compiles_to_one_graph(name):
         outputs_and_gradients(compiled, inputs), outputs_and_gradients(CALLS[name], inputs), strict=True
     ):
         torch.testing.assert_close(ours, plain)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradients_of_gradients(name):
+    """Those of PyTorch's own path, from which none is missing."""
+    inputs = qkv(2, (7, 8), 2, 7)
+
+    def slopes(backend, *x):
+        outs = CALLS[name](*x, backend)
+        total = sum(out.square().sum() for out in (outs if isinstance(outs, tuple) else (outs,)))
+        return torch.autograd.grad(total, x, create_graph=True)
+
+    ours = outputs_and_gradients(partial(slopes, "cpu"), inputs)
+    with sdpa_kernel(SDPBackend.MATH):  # the fused one has no second derivatives
+        theirs = outputs_and_gradients(partial(slopes, "torch"), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_views_and_not_a_number():

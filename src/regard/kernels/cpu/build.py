@@ -102,7 +102,7 @@ def load() -> str | None:
             stacklevel=2,
         )
         return f"the kernels could not be built: {reason}"
-    from regard.kernels.cpu import paths
+    from regard.kernels.cpu import gradients
 
-    paths.register_gradients()
+    gradients.register()
     return None
