@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
+from rich import box
 from rich.table import Table
 
 from regard.workbench import plots
@@ -77,21 +78,24 @@ def lines(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def table(results: dict[str, Any]) -> Table:
-    """The comparison as a terminal table: medians only, narrow enough for 100 columns; the page has the spread."""
+    """The comparison as a terminal table: medians only, narrow enough for 80 columns; the page has the spread."""
     task, settings = results["task"], results["settings"]
     shape = "x".join(map(str, settings["shapes"][-1])) if settings["shapes"] else "-"
     shown = Table(
         title=f"{task['description']}\nTrivial answer ({task['trivial_answer']}): {task['trivial']:.3g}",
         title_justify="left",
-        caption=f"{settings['seeds']} seed{'s (range)' if settings['seeds'] > 1 else ''}. model: one sample. "
-        f"ms, MiB, time, memory: the mixer alone, growing to {shape} tokens. Medians; spread in the report.",
+        caption=f"{settings['seeds']} seed{'s (range)' if settings['seeds'] > 1 else ''}. model: one sample. ms, MiB: the "
+        f"mixer alone, {shape} tokens; time and memory grow with the tokens' number N to this power. Medians; spread in "
+        "the report.",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
     )
     metric = task["metric"].replace("_", " ")
-    for column in ("mixer", metric, "params", "model ms", f"ms at {shape}", f"MiB at {shape}", "time", "memory"):
-        shown.add_column(
-            column, justify="left" if column == "mixer" else "right", no_wrap=column in ("mixer", metric, "params")
-        )
+    shown.add_column("mixer", overflow="fold")
+    for column in (metric, "params", "model\nms", "\nms", "\nMiB", "time\nN^", "memory\nN^"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for row in _ranked(results):
         largest = _largest(row)
         timed, whole = largest.get("seconds"), row["model"].get("seconds")
@@ -102,7 +106,7 @@ def table(results: dict[str, Any]) -> Table:
             f"{1e3 * whole['median']:.3g}" if whole else "-",
             f"{1e3 * timed['median']:.3g}" if timed else "-",
             mib(largest.get("peak_bytes")),
-            *(f"N^{fit['exponent']:.2f}" if fit else "-" for fit in (row["time_growth"], row["memory_growth"])),
+            *(f"{fit['exponent']:.2f}" if fit else "-" for fit in (row["time_growth"], row["memory_growth"])),
         )
     return shown
 

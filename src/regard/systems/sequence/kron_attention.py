@@ -23,8 +23,8 @@ from regard.layouts import tables
 from regard.registry import System, Variant, register_mixer, register_system
 from regard.skeletons.base import Model
 
-_RANKS = 64
-"""Monomials that the causal form carries along at a time."""
+_TOKENS = 8
+"""Of a block of the causal form of order 3; half as many for each further set of keys."""
 
 
 def kronecker_attention(
@@ -116,8 +116,9 @@ def kronecker_attention_low_rank(
 
     in N r d products. The relative error is about $s^{g+1}/(g+1)!$ for scores up to s. At the default scale entries up to B
     give scores up to B^t, so they have to be small. Polynomials of even degree are positive everywhere, those of odd degree
-    are not. The causal form replaces the sums over tokens by running sums. (The construction is this library's reading of the
-    polynomial method that the abstract names.)
+    are not. The causal form goes block by block: with S the sums over earlier blocks and D those over the tokens of this one
+    that are seen, $U_Q [(S_1 + D_1) \odot (S_2 + D_2)]$ is multiplied out, and no D is written down. (The construction is this
+    library's reading of the polynomial method that the abstract names.)
 
     Args and returns: as in `kronecker_attention`.
     """
@@ -127,13 +128,7 @@ def kronecker_attention_low_rank(
     mapped = [monomials(k.flatten(1, -3).to(wide), degree) for k in keys]
     ones = [_with_ones(v.flatten(1, -3).to(wide)) for v in values]
     if causal:
-        sums: Any = 0
-        for start in range(0, query.shape[-1], _RANKS):
-            parts = [u[..., start : start + _RANKS] for u in (query, *mapped)]
-            if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # running sums are too many to keep
-                sums = sums + checkpoint(_running, *parts, *ones, use_reentrant=False)
-            else:
-                sums = sums + _running(*parts, *ones)
+        sums = _running(query, mapped, ones)
     else:
         read: Any = 1
         for u, v in zip(mapped, ones, strict=True):
@@ -147,13 +142,58 @@ def _with_ones(v: Tensor) -> Tensor:
     return torch.cat([v, torch.ones_like(v[..., :1])], -1)
 
 
-def _running(query: Tensor, *parts: Tensor) -> Tensor:
-    """Causal sums of some monomials: U_Q, then U and [V, 1] of every set, `(B, N, heads, *)`, -> `(B, N, heads, dv + 1)`."""
-    count = len(parts) // 2
-    read: Any = 1
-    for u, v in zip(parts[:count], parts[count:], strict=True):
-        read = read * (u[..., None] * v[..., None, :]).cumsum(1)
-    return (query[..., None, :] @ read).squeeze(-2)
+def _running(query: Tensor, mapped: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+    """Causal sums: U_Q, then U and [V, 1] of every set, all `(B, N, heads, *)`, -> `(B, N, heads, dv + 1)`."""
+    batch, size = query.shape[0], max(2, 2 * _TOKENS >> (len(mapped) - 1))
+    query, *parts = (x.transpose(1, 2).flatten(0, 1) for x in (query, *mapped, *values))  # (B heads, N, *)
+    keys, values = parts[: len(mapped)], parts[len(mapped) :]
+    states = [u.new_zeros(len(u), u.shape[-1], v.shape[-1]) for u, v in zip(keys, values, strict=True)]
+    outs = []
+    for q, *now in zip(*(x.split(size, 1) for x in (query, *keys, *values)), strict=True):
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # products of pairs are too many to keep
+            outs.append(checkpoint(_block, q, *states, *now, use_reentrant=False))
+        else:
+            outs.append(_block(q, *states, *now))
+        states = [
+            state + u.transpose(-1, -2) @ v
+            for state, u, v in zip(states, now[: len(keys)], now[len(keys) :], strict=True)
+        ]
+    return torch.cat(outs, 1).unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def _block(query: Tensor, *parts: Tensor) -> Tensor:
+    """The tokens of a block: U_Q, then the sums before it, U and [V, 1] of every set."""
+    count = len(parts) // 3
+    states, keys, values = (parts[i * count : (i + 1) * count] for i in range(3))
+    seen = torch.ones(query.shape[1], query.shape[1], dtype=query.dtype, device=query.device).tril()
+    return _multiplied_out(
+        query, None, list(zip(states, keys, (seen[..., None] * v[:, None] for v in values), strict=True))
+    )
+
+
+def _multiplied_out(u: Tensor, weight: Tensor | None, sets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    r"""$\sum_r u_{xr} w_{rc} \prod_m (S_m + D_m)_{rc}$, one set at a time: with its S, and with each token of D.
+
+    Args:
+        u: `(G, tokens, *earlier, rank)`; earlier are the tokens that were taken of the sets before.
+        weight: `(G, rank, channels)`; None is 1. sets: S `(G, rank, channels)`, U `(G, tokens, rank)`, and for each
+            query the values that it sees `(G, tokens, tokens, channels)`.
+
+    Returns:
+        `(G, tokens, *earlier, channels)`.
+    """
+    if not sets:
+        assert weight is not None
+        return (u.flatten(1, -2) @ weight).unflatten(1, u.shape[1:-1])
+    (state, keys, values), *rest = sets
+    before = _multiplied_out(u, state if weight is None else weight * state, rest)
+    if weight is None and not rest:
+        within = (u.flatten(1, -2) @ keys.transpose(-1, -2)).unflatten(1, u.shape[1:-1])[..., None]
+    else:
+        beside = keys.view(len(keys), *[1] * (u.dim() - 2), *keys.shape[1:])
+        within = _multiplied_out(u[..., None, :] * beside, weight, rest)
+    values = values.view(*values.shape[:2], *[1] * (u.dim() - 3), *values.shape[2:])
+    return before + (within * values).sum(-2)
 
 
 def _check(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], causal: bool) -> None:
