@@ -18,6 +18,7 @@ struct Cut {
     splits = std::max<int64_t>(1, std::min<int64_t>(blocks, (4 * threads() + p.batch - 1) / p.batch));
   }
   int64_t first(int64_t split) const { return blocks * split / splits * W; }
+  int64_t last(const DecodeProblem& p, int64_t split) const { return std::min(p.keys, first(split + 1)); }
   int64_t head(const DecodeProblem& p, int64_t place) const { return place / rows * repeat + place % rows / p.queries; }
   int64_t query(const DecodeProblem& p, int64_t place) const { return place % rows % p.queries; }
 };
@@ -30,7 +31,7 @@ class Keys {
 
   static size_t size(const Cut& cut) { return (W + 1) * (cut.stride + cut.value_stride); }
 
-  Keys(const DecodeProblem& p, const Cut& cut, Scratch& memory) : p_(p) {
+  Keys(const DecodeProblem& p, const Cut& cut, Scratch& memory) : p_(p), cut_(cut) {
     k_in_place_ = !p.k.half && cut.stride == p.width;
     v_in_place_ = !p.v.half && cut.value_stride == p.value_width;
     k_apart = k_in_place_ ? static_cast<int>(p.k.row / 4) : cut.stride;
@@ -42,7 +43,7 @@ class Keys {
   }
 
   void read_from(int64_t b, int64_t start, int64_t last, int64_t kv_head) {
-    const int stride = padded(p_.width), value_stride = padded(p_.value_width);
+    const int stride = cut_.stride, value_stride = cut_.value_stride;
     here = static_cast<int>(std::min<int64_t>(W, last - start));
     for (int e = 0; e < here; ++e) {
       const char *k = p_.k.at(b, start + e, kv_head), *v = p_.v.at(b, start + e, kv_head);
@@ -63,6 +64,7 @@ class Keys {
 
  private:
   const DecodeProblem& p_;
+  const Cut& cut_;
   bool k_in_place_, v_in_place_;
   float *k_, *v_;
 };
@@ -109,8 +111,7 @@ void decode_forward(const DecodeProblem& p, Rows out, float* lse) {
   parallel(p.batch * splits, [&](int64_t begin, int64_t end) {
     Scratch& memory = scratch();
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / splits, first = cut.first(item % splits);
-      const int64_t last = std::min(p.keys, cut.first(item % splits + 1));
+      const int64_t b = item / splits, first = cut.first(item % splits), last = cut.last(p, item % splits);
       memory.reset(Keys::size(cut) + static_cast<size_t>(all) * stride + W * stride + static_cast<size_t>(rows) * W);
       Keys keys(p, cut, memory);
       float* q = memory.take(static_cast<size_t>(all) * stride);
@@ -178,8 +179,7 @@ void decode_backward(const DecodeProblem& p, Rows out, const float* lse, Rows ou
   parallel(p.batch * splits, [&](int64_t begin, int64_t end) {
     Scratch& memory = scratch();
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t b = item / splits, first = cut.first(item % splits);
-      const int64_t last = std::min(p.keys, cut.first(item % splits + 1));
+      const int64_t b = item / splits, first = cut.first(item % splits), last = cut.last(p, item % splits);
       memory.reset(Keys::size(cut) + static_cast<size_t>(all + W) * (stride + value_stride) + 2 * all +
                    W * std::max(stride, value_stride) + 2 * static_cast<size_t>(rows) * W);
       Keys keys(p, cut, memory);

@@ -77,6 +77,7 @@ struct Walk {
   int64_t row(int64_t t) const { return (lanes.batch * p.length + t) * p.states; }
   vec x(int64_t t) const { return take(p.x + lanes.at(p, t), lanes.here); }
   vec dt(int64_t t) const { return take(p.dt + lanes.at(p, t), lanes.here); }
+  vec skip() const { return p.skip ? take(p.skip + lanes.channel, lanes.here) : vec{}; }
 
   // Whether the exponents of some steps can be taken as they are.
   bool gentle(int64_t first, int64_t last) const {
@@ -158,11 +159,7 @@ void scan_forward(const ScanProblem& p, float* y, float* after) {
       std::vector<Walk> walks;
       for (int64_t strip = first; strip < last; ++strip) walks.emplace_back(p, b * strips + strip, memory);
       for (int64_t t = 0; t < p.length; t += kSteps)
-        for (Walk& walk : walks) {
-          const Lanes& lanes = walk.lanes;
-          const vec skip = p.skip ? take(p.skip + lanes.channel, lanes.here) : vec{};
-          walk.advance(t, std::min(p.length, t + kSteps), skip, y);
-        }
+        for (Walk& walk : walks) walk.advance(t, std::min(p.length, t + kSteps), walk.skip(), y);
       if (after)
         for (const Walk& walk : walks)
           from_lanes(walk.h, walk.lanes.here, p.states, after + walk.lanes.state(p));
@@ -199,7 +196,7 @@ void scan_backward(const ScanProblem& p, const float* y_gradient, const float* a
         if (chunk + 1 < chunks) walk.advance(chunk * kSteps, (chunk + 1) * kSteps, vec{}, nullptr);
       }
       vec skip_gradient{};
-      const vec skip = p.skip ? take(p.skip + lanes.channel, lanes.here) : vec{};
+      const vec skip = walk.skip();
       for (int64_t chunk = chunks - 1; chunk >= 0; --chunk) {
         const int64_t first = chunk * kSteps, last = std::min(p.length, first + kSteps);
         std::copy_n(kept + chunk * states, states, walk.h);
